@@ -2,7 +2,7 @@
 
 For case NAME the file holds NAME/x, NAME/amax, NAME/values, NAME/scales (blocked layout) and
 NAME/dequantized (float32, in the rows and columns of the quantized matrix); the options of the
-cases are JSON under `cases` in its metadata, beside `philox`: rows of (counter, key, words).
+cases and `philox`, rows of (counter, key, words), are JSON under `about` in its metadata.
 """
 
 from __future__ import annotations
@@ -30,10 +30,19 @@ PHILOX = [
 SEED = -0x123456789ABCDEF
 
 
-def rows() -> list[tuple[str, tuple[int, ...], str, float | None, Options]]:
-    """(name, shape, kind of data, static amax or None, options) of every case."""
+Case = tuple[str, tuple[int, ...], str, float | None, Options]
+"""Name, shape, kind of data, static amax or None, options."""
+
+
+def rows() -> list[Case]:
+    """Every case; its position seeds its data."""
+    return [*every_rule(), *special_cases(), *mxfp4_cases()]
+
+
+def every_rule() -> list[Case]:
+    """Each nvfp4 rule under each rounding and block, all dtypes."""
     o = Options
-    out = []
+    out: list[Case] = []
     for rule in ("mse", "mae", "abs_max", "static_6", "static_4"):
         out += [
             (f"{rule}_unaligned", (17, 70), "randn", None, o(scale_rule=rule)),
@@ -63,8 +72,14 @@ def rows() -> list[tuple[str, tuple[int, ...], str, float | None, Options]]:
             for block in ("1d", "2d"):
                 options = o(scale_rule=rule, rounding=rounding, block=block, seed=SEED, stream=3)
                 out.append((f"{rule}_{rounding}_{block}", (20, 80), "wide", None, options))
+    return out
+
+
+def special_cases() -> list[Case]:
+    """Sizes, layouts and values that need care."""
+    o = Options
     sr = o(rounding="stochastic", seed=77, stream=12)
-    out += [
+    return [
         ("one_element", (1, 1), "randn", None, o()),
         ("rows_above_128", (131, 64), "wide", None, o()),
         ("groups_above_4", (3, 200), "wide", None, o()),
@@ -104,6 +119,12 @@ def rows() -> list[tuple[str, tuple[int, ...], str, float | None, Options]]:
         ("subnormal_scales_stochastic", (9, 64), "range", None, sr),
         ("huge", (3, 64), "huge", None, o(scale_rule="mae")),
     ]
+
+
+def mxfp4_cases() -> list[Case]:
+    """Both rules of mxfp4."""
+    o = Options
+    out: list[Case] = []
     for rule in ("static_6", "static_4"):
         mx = {"format": "mxfp4", "scale_rule": rule}
         out += [
@@ -159,7 +180,9 @@ def dequantize(
         table = np.array([2.0 ** (b - 127) for b in range(255)] + [np.nan], F)
         return q * np.repeat(table[scales], 32, 1)[:, :cols]
     table = np.array([*E4M3, np.nan], F)
-    return ((q * np.repeat(table[scales], 16, 1)[:, :cols]) * amax) / opt.qs
+    shift = F(2.0**-12) if amax > 1 else F(1)
+    scaled = (q * np.repeat(table[scales], 16, 1)[:, :cols]) * (amax * shift)
+    return scaled / (opt.qs * shift)
 
 
 def build() -> bytes:
@@ -187,7 +210,8 @@ def build() -> bytes:
         tensors[f"{name}/amax"] = torch.tensor(amax)
         cases[name] = {**asdict(opt), "static_amax": static is not None}
     answers = [[list(c), list(k), oracle.philox(c, k)] for c, k in PHILOX]
-    return save(tensors, metadata={"cases": json.dumps(cases), "philox": json.dumps(answers)})
+    # One key: the order of several would change from run to run.
+    return save(tensors, metadata={"about": json.dumps({"cases": cases, "philox": answers})})
 
 
 if __name__ == "__main__":

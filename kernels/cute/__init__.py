@@ -1,0 +1,1 @@
+"""Device kernels in the CuTe DSL; imported only when an operator's call can use one."""

@@ -1,0 +1,1 @@
+"""The arithmetic of docs/contract.md in plain torch: eager reference and traced decomposition."""

@@ -1,0 +1,131 @@
+"""Pass (after partitioning): decide what runs in place of every operator of ours.
+
+Problem
+    Quantize operators are opaque until the partitioner has run, so that it saves packed tensors.
+    Where no device kernel serves, an opaque call runs the eager reference op by op, 10 to 50 times
+    slower than compiled code.
+Before
+    %quantize = fos.quantize(%x, %amax, ...)
+After (outline)
+    %quantize = fos_outlined.quantize(%x, %amax, ...)   # compiled once, shared by equal sites
+After (inline)
+    the reference's ``aten`` nodes, which Inductor fuses with the producer of %x
+Why legal
+    The reference is the definition of the operator; both forms run it on the operator's arguments.
+Bails out when
+    ``supports`` of the operator names a device kernel for these arguments, the operator draws
+    random numbers (``fos::seed``), or the config says ``opaque``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from fos_compile.kernels.op import Op
+from fos_compile.kernels.outlined import outlined
+from fos_compile.passes.errors import working_on
+from fos_compile.passes.graph_edit import argument, inherit, value
+from fos_compile.passes.operators import op_of, runs_as
+from fos_compile.passes.recipe import PassConfig
+from fos_compile.passes.report import PassReport
+
+Decompositions = dict[torch._ops.OpOverload, Callable[..., Any]]
+
+
+def lower(graph: fx.Graph, config: PassConfig) -> PassReport:
+    """Outline or inline every operator of ours that no device kernel serves."""
+    if config.lowering == "opaque":
+        return PassReport(name="lower", changed=0, notes=("opaque",))
+    traced: dict[tuple[Any, ...], fx.GraphModule] = {}
+    inlined = outlined_ = 0
+    for node in list(graph.nodes):
+        op = op_of(node)
+        if op is None or not op.inlinable or runs_as(op, node) != "decomposition":
+            continue
+        with working_on(node):
+            if config.lowering == "inline" or _is_plain_amax(op, node):
+                _inline(graph, node, op, traced)
+                inlined += 1
+            else:
+                node.target = outlined(op)
+                outlined_ += 1
+    notes = (f"{inlined} inlined", f"{outlined_} outlined")
+    return PassReport(name="lower", changed=inlined + outlined_, notes=notes)
+
+
+def _is_plain_amax(op: Op, node: fx.Node) -> bool:
+    """Three nodes that fuse into the producer's last loop; outlined they would read it again."""
+    return op.name == "amax" and not (len(node.args) > 1 and argument(node, 1))
+
+
+def _inline(
+    graph: fx.Graph, node: fx.Node, op: Op, traced: dict[tuple[Any, ...], fx.GraphModule]
+) -> None:
+    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+    inputs = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+    key = (op.name, str(spec), *(_signature(leaf) for leaf in leaves))
+    if key not in traced:
+        traced[key] = _trace(op, leaves, spec, inputs)
+    body = traced[key].graph
+    placeholders = [n for n in body.nodes if n.op == "placeholder"]
+    before = node.prev
+    with graph.inserting_before(node):
+        outputs: Any = graph.graph_copy(body, dict(zip(placeholders, inputs, strict=True)))
+    new = before.next
+    while new is not node:
+        inherit(new, node)
+        new = new.next
+    if isinstance(outputs, (tuple, list)):
+        for item in list(node.users):
+            assert item.target is operator.getitem
+            item.replace_all_uses_with(outputs[argument(item, 1)])
+            graph.erase_node(item)
+    else:
+        node.replace_all_uses_with(outputs)
+    graph.erase_node(node)
+
+
+def _signature(leaf: Any) -> Any:
+    """What a trace depends on: static arguments by value, tensors by metadata."""
+    if not isinstance(leaf, fx.Node):
+        return leaf
+    fake = value(leaf)
+    if not isinstance(fake, torch.Tensor):
+        return str(fake)
+    return tuple(map(str, fake.shape)), tuple(map(str, fake.stride())), fake.dtype, fake.device
+
+
+def _trace(
+    op: Op, leaves: list[Any], spec: pytree.TreeSpec, inputs: list[fx.Node]
+) -> fx.GraphModule:
+    def flat(*values: Any) -> Any:
+        rest = iter(values)
+        filled = [next(rest) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return op.reference(*args, **kwargs)
+
+    fakes = [value(node) for node in inputs]
+    mode = detect_fake_mode(fakes)
+    assert mode is not None, "a traced graph holds fake tensors"
+    with mode:
+        gm = make_fx(flat, decomposition_table=_decompositions())(*fakes)
+    gm.graph.eliminate_dead_code()
+    if any(n.op == "get_attr" for n in gm.graph.nodes):
+        raise AssertionError(
+            f"the reference of fos::{op.name} creates a tensor constant, which cannot be inlined"
+        )
+    return gm
+
+
+def _decompositions() -> Decompositions:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()

@@ -1,0 +1,24 @@
+"""Set-up shared by every test.
+
+Helper modules (`numerics`, `graphs`, ...) live in tests/support, which is on `sys.path`; tests/
+itself is not, because tests/fos_compile and tests/kernels would then be found as namespace
+packages ahead of the installed ones.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Read at Inductor's first import; one compile worker a test process is enough on two cores, and
+# a pool that outlives the test would distort the next one's timing.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    """Start every test from the same generator state and an empty Dynamo cache."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
