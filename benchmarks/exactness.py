@@ -169,7 +169,7 @@ def _write_costs(options: argparse.Namespace) -> None:
     shared = {
         "device": str(options.device),
         "width": options.width or (4096 if gpu else 512),
-        "tokens": options.tokens or (8192 if gpu else 1024),
+        "tokens": options.tokens or (32768 if gpu else 1024),
         "seconds": options.seconds,
     }
     roof = harness.roof(torch.device(options.device))
@@ -205,7 +205,7 @@ def _beside(path: Path) -> Path:
 def _parser() -> argparse.ArgumentParser:
     made = harness.parser(__doc__, name="exactness")
     made.add_argument("--width", type=int, help="default: 4096 on a GPU, 512 on a CPU")
-    made.add_argument("--tokens", type=int, help="default: 8192 on a GPU, 1024 on a CPU")
+    made.add_argument("--tokens", type=int, help="default: 32768 on a GPU, 1024 on a CPU")
     made.add_argument("--seconds", type=float, default=1.0, help="of samples a step")
     made.add_argument("--part", choices=("all", "cost", "bits"), default="all")
     made.add_argument("--models", default=",".join(steps.PARTS))
