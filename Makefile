@@ -9,9 +9,6 @@ LINKS := build/typing
 # package of that name.
 export PYTHONSAFEPATH := 1
 
-# Idle OpenMP threads sleep instead of spinning: with two cores a spinning thread halves the machine.
-export OMP_WAIT_POLICY := PASSIVE
-
 # OpenMP threads that spin at a barrier starve each other where two processes share the cores, as
 # pytest-xdist's do: 8 ms an operator instead of 0.1.
 export OMP_WAIT_POLICY := PASSIVE

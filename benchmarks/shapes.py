@@ -108,10 +108,3 @@ TOKENS = (1, 128, 8192)
 
 # What a quantizer reads: [rows, cols], from launch-bound to bandwidth-bound, one of them unaligned.
 ACTIVATIONS = ((128, 4096), (2048, 2048), (8192, 5120), (16384, 16384), (4095, 4100))
-
-
-def all_linears() -> Iterator[LinearShape]:
-    """Yield every linear layer of every model for every token count."""
-    for model in MODELS.values():
-        for tokens in TOKENS:
-            yield from model.linears(tokens)

@@ -12,7 +12,7 @@ from typing import Any
 _HOME = {
     "Backend": "backend",
     "BackendConfig": "config",
-    "FosCompileWarning": "passes.pipeline",
+    "FosCompileWarning": "passes.errors",
     "OperandSpec": "passes.recipe",
     "QuantizedTensor": "functional",
     "Recipe": "passes.recipe",

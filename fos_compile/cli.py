@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+_PACKAGE = Path(__file__).resolve().parent
+_EXAMPLE = "fos_compile.demo.model:example"
 
 app = typer.Typer(
     name="fos-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -17,6 +21,17 @@ app = typer.Typer(
 @app.callback()
 def _main() -> None:
     """Four Over Six NVFP4 training and inference for any model that torch.compile can trace."""
+    sys.path[:] = [entry for entry in sys.path if not _shadows(entry)]
+
+
+def _shadows(entry: str) -> bool:
+    """Whether an entry of sys.path is our checkout.
+
+    Its kernels/ would pose as the Hugging Face package of that name, which transformers imports;
+    ``python -m`` puts the current folder first. Our own packages are found without it.
+    """
+    is_checkout = not (_PACKAGE / "kernels").exists()
+    return is_checkout and Path(entry).resolve() == _PACKAGE.parent
 
 
 @app.command()
@@ -34,7 +49,21 @@ def demo(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from fos_compile.demo.run import run_demo
 
+    _check_device(device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--out must be a folder, got {str(out)!r}: {error}") from error
     run_demo(out, device=device, steps=steps, seed=seed)
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    count = torch.cuda.device_count()
+    valid = ["cpu", *["cuda"] * (count > 0), *(f"cuda:{index}" for index in range(count))]
+    if device is not None and device not in valid:
+        raise typer.BadParameter(f"--device must be one of {', '.join(valid)}, got {device!r}")
 
 
 @app.command()
@@ -44,7 +73,7 @@ def explain(
         typer.Argument(
             help="MODULE:FUNCTION that returns (model, inputs); default: the demo's Llama."
         ),
-    ] = "fos_compile.demo.model:example",
+    ] = _EXAMPLE,
     recipe: Annotated[
         str | None,
         typer.Option(help="Default: training if the model requires gradients, else inference."),
@@ -64,25 +93,39 @@ def explain(
             return model.bfloat16(), {"input_ids": torch.zeros(1, 128, dtype=torch.int64)}
     """
     import fos_compile
+    from fos_compile.config import parse_options
+    from fos_compile.kernels.errors import InvalidArgument
 
-    model, inputs = _load(target)()
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    options = {"skip": list(skip or ())}
-    typer.echo(str(fos_compile.explain(model, *args, recipe=recipe, options=options, **kwargs)))
-
-
-def _load(target: str) -> Any:
-    """Return the object that `target`, MODULE:NAME, names; the current folder is searched too."""
-    import sys
-
-    module, colon, name = target.partition(":")
-    if not colon:
-        raise typer.BadParameter(f"TARGET must be MODULE:FUNCTION, got {target!r}")
-    sys.path.append("")
+    options = {"skip": list(skip or ()), **({} if recipe is None else {"recipe": recipe})}
     try:
-        return getattr(importlib.import_module(module), name)
+        parse_options(options)
+    except InvalidArgument as error:
+        raise typer.BadParameter(str(error)) from error
+    model, inputs = _load(target)
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    typer.echo(str(fos_compile.explain(model, *args, options=options, **kwargs)))
+
+
+def _load(target: str) -> tuple[Any, Any]:
+    """Model and inputs from `target`, MODULE:FUNCTION; the user's is looked for here as well."""
+    module, _, name = target.partition(":")
+    if not module or not name:
+        raise typer.BadParameter(f"TARGET must be MODULE:FUNCTION, got {target!r}")
+    if target != _EXAMPLE and not _shadows(""):
+        sys.path.append("")
+    try:
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise typer.BadParameter(f"TARGET must name a function, got {target!r}: {error}") from error
+    if not callable(function):
+        kind = type(function).__name__
+        raise typer.BadParameter(f"TARGET must name a function, got {target!r}, of type {kind}")
+    made = function()
+    pair = isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], (tuple, dict))
+    if not pair or not callable(made[0]):
+        required = "(model, inputs), the inputs a tuple or a dict"
+        raise typer.BadParameter(f"{target!r} must return {required}, got {type(made).__name__}")
+    return made
 
 
 @app.command()

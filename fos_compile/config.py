@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from fos_compile.kernels.errors import InvalidArgument
 from fos_compile.kernels.outlined import exact_numerics
 from fos_compile.passes.recipe import Lowering, PassConfig, Recipe, ScaleRule
-from fos_compile.recipes import INFERENCE, TRAINING, recipe_named
+from fos_compile.recipes import INFERENCE, RECIPES, TRAINING, recipe_named
 
 Compiler = Literal["inductor", "eager"]
 _PASS_DEFAULTS = PassConfig(recipe=INFERENCE)
@@ -29,7 +29,7 @@ class BackendConfig:
     scale_rule: ScaleRule | None = None
     """Replaces the scale rule of every quantized operand (``static_6`` switches 4/6 off)."""
     skip: tuple[str, ...] = ()
-    """Globs of module paths to leave alone, besides ``default_skip``."""
+    """Globs of module paths to leave alone with all that is inside, besides ``default_skip``."""
     default_skip: tuple[str, ...] = _PASS_DEFAULTS.skip
     """Output heads and MoE routers; pass ``()`` to quantize them too."""
     overrides: tuple[tuple[str, Recipe], ...] = ()
@@ -72,8 +72,22 @@ class BackendConfig:
         ):
             if type(given := getattr(self, name)) is not type_:
                 raise InvalidArgument("fouroversix", name, f"of type {type_.__name__}", repr(given))
+        if self.min_weight_dim < 0:
+            raise InvalidArgument("fouroversix", "min_weight_dim", "0 or more", self.min_weight_dim)
         if self.mode is not None:
             self._check_mode(self.mode)
+        if self.inductor:
+            self._check_inductor()
+
+    def _check_inductor(self) -> None:
+        import torch._inductor.config
+
+        known = torch._inductor.config.get_config_copy()
+        if unknown := [name for name, _ in self.inductor if name not in known]:
+            raise InvalidArgument(
+                "fouroversix", "inductor", "a dict of entries of torch._inductor.config",
+                ", ".join(map(repr, unknown)), "see torch._inductor.list_options()",
+            )  # fmt: skip
 
     def _check_mode(self, mode: str) -> None:
         import torch._inductor
@@ -130,15 +144,20 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         InvalidArgument: unknown option, recipe, rule, mode or compiler; the message lists the
             valid ones.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise InvalidArgument("fouroversix", "options", "a dict", repr(options))
     given = dict(options or {})
     valid = [field.name for field in dataclasses.fields(BackendConfig)]
-    if unknown := sorted(set(given) - set(valid)):
+    if unknown := [str(name) for name in given if name not in valid]:
         raise InvalidArgument(
-            "fouroversix", "options", f"named {', '.join(valid)}", ", ".join(unknown)
+            "fouroversix", "options", f"named {', '.join(valid)}", ", ".join(sorted(unknown))
         )
     if mode is not None:
         given["mode"] = mode
     if "recipe" not in given and (name := os.environ.get("FOS_RECIPE")):
+        if name not in RECIPES:
+            names = f"one of {', '.join(RECIPES)}"
+            raise InvalidArgument("fouroversix", "FOS_RECIPE", names, repr(name), "or unset it")
         given["recipe"] = name
     if given.get("recipe") is not None:
         given["recipe"] = recipe_named(given["recipe"])
@@ -153,15 +172,19 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
 
 
 def _globs(name: str, globs: Iterable[str]) -> tuple[str, ...]:
-    listed = isinstance(globs, Iterable) and not isinstance(globs, str)
-    if not listed or not all(isinstance(glob, str) for glob in globs):
-        raise InvalidArgument("fouroversix", name, "a list of module-path globs", globs)
-    return tuple(globs)
+    listed = isinstance(globs, Iterable) and not isinstance(globs, (str, Mapping))
+    read = tuple(globs) if listed else ()  # once: it may be a generator
+    if not listed or not all(isinstance(glob, str) for glob in read):
+        raise InvalidArgument("fouroversix", name, "a list of module-path globs", repr(globs))
+    return read
 
 
 def _pairs(name: str, mapping: Any) -> list[tuple[str, Any]]:
-    if isinstance(mapping, tuple):
-        return list(mapping)
-    if not isinstance(mapping, Mapping):
-        raise InvalidArgument("fouroversix", name, "a dict", mapping)
-    return list(mapping.items())
+    """Entries of a dict, or of the tuple of pairs that a BackendConfig holds."""
+    entries = mapping.items() if isinstance(mapping, Mapping) else mapping
+    pairs = isinstance(mapping, (Mapping, tuple)) and all(
+        isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) for each in entries
+    )
+    if not pairs:
+        raise InvalidArgument("fouroversix", name, "a dict with text as keys", repr(mapping))
+    return list(entries)

@@ -7,13 +7,13 @@ import functools
 import importlib.metadata
 import os
 import platform
-import shutil
 import sys
 
 import torch
 from torch.utils import _pytree as pytree
 
 from fos_compile.kernels import REGISTRY
+from fos_compile.kernels.cpu.build import compiler
 
 _PACKAGES = ("fos-compile", "torch", "triton", "nvidia-cutlass-dsl", "cuda-python", "transformers")
 
@@ -43,13 +43,9 @@ def versions() -> dict[str, str]:
 
 def devices() -> dict[str, str]:
     """Devices that this process can use, with what decides the implementation on them."""
-    compiler = next(
-        (c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None
-    )
+    path = compiler()
     builds = (
-        f"C++ compiler {compiler}"
-        if compiler
-        else "no C++ compiler: use options={'compiler': 'eager'}"
+        f"C++ compiler {path}" if path else "no C++ compiler: use options={'compiler': 'eager'}"
     )
     found = {"cpu": f"{platform.machine()}, {os.cpu_count()} cores, {builds}"}
     for index in range(torch.cuda.device_count()):
@@ -61,19 +57,23 @@ def devices() -> dict[str, str]:
 
 
 def operators() -> list[OperatorStatus]:
-    """Ask every operator's ``supports`` for every device, on its own example inputs."""
+    """Ask every operator's ``supports`` for every device, on its own example inputs.
+
+    ``fos::amax`` has a kernel for the rotated maximum alone; the plain one is torch's reduction.
+    """
     rows = []
     for device in devices():
         for name, op in REGISTRY.items():
             move = functools.partial(torch.Tensor.to, device=torch.device(device))
-            args, kwargs = pytree.tree_map_only(torch.Tensor, move, op.example_inputs()[0])
+            label, index = ("amax(rht=True)", 1) if name == "amax" else (name, 0)
+            args, kwargs = pytree.tree_map_only(torch.Tensor, move, op.example_inputs()[index])
             if "device" in kwargs:
                 kwargs["device"] = torch.device(device)
             status = op.supports(*args, **kwargs)
             implementation = "device kernel" if status else "decomposition to PyTorch"
             rows.append(
                 OperatorStatus(
-                    operator=f"fos::{name}",
+                    operator=f"fos::{label}",
                     device=device,
                     implementation=implementation,
                     reason=str(status) * (not status),

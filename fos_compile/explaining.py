@@ -10,6 +10,7 @@ from torch import fx
 
 from fos_compile.backend import trace
 from fos_compile.config import parse_options
+from fos_compile.kernels.own_code import own_code
 from fos_compile.passes.recipe import Recipe
 from fos_compile.passes.report import Report, merge
 
@@ -46,8 +47,26 @@ def explain(
         reports.append(trace(gm, example_inputs, config))
         return gm.forward
 
-    target = getattr(model, "_orig_mod", model)
-    torch.compile(target, backend=backend)(*inputs, **kwargs)
+    target = _separate(getattr(model, "_orig_mod", model))
+    # What lies behind a graph break keeps its code object, and every call here is a new backend.
+    with torch._dynamo.config.patch(
+        recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT
+    ):
+        torch.compile(target, backend=backend)(*inputs, **kwargs)
     if not reports:
         return Report(recipe=config.pass_config(training=False).recipe.name)
     return merge(reports)
+
+
+_NO_LIMIT = 2**31 - 1
+
+
+def _separate(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model in a function of its own, so that no trace counts against later compilations."""
+    if not isinstance(model, torch.nn.Module):
+        return own_code(model)
+
+    def call(*inputs: Any, **kwargs: Any) -> Any:
+        return model(*inputs, **kwargs)
+
+    return own_code(call)

@@ -40,13 +40,23 @@ def _describe(example: Any) -> str:
 
 
 def save(key: str, report: Report) -> None:
-    """Write atomically; a machine that cannot write loses nothing but the report of a later hit."""
+    """Write atomically; a machine that cannot write loses nothing but the report of a later hit.
+
+    The report of a failure stays with the process that had it, as does its graph.
+    """
+    if report.failure:
+        return
     path = _path(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(dataclasses.asdict(report), file)
-        os.replace(file.name, path)
+            temporary = Path(file.name)
+            try:
+                json.dump(dataclasses.asdict(report), file)
+                file.close()
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError:
         return
 
@@ -59,7 +69,8 @@ def load(key: str) -> Report | None:
         passes = tuple(
             PassReport(**{**each, "notes": tuple(each["notes"])}) for each in data.pop("passes")
         )
-        return Report(sites=sites, passes=passes, **data)
+        unused = tuple(data.pop("unused"))
+        return Report(sites=sites, passes=passes, unused=unused, **data)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
+from torch._dynamo.utils import counters
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fos_compile.backend import Backend
 from fos_compile.config import BackendConfig, parse_options
 from fos_compile.kernels.errors import InvalidArgument
+from fos_compile.kernels.own_code import own_code
 from fos_compile.passes.recipe import Recipe
-from fos_compile.passes.report import Report, merge
-from fos_compile.recipes import BF16
+from fos_compile.passes.report import Report
+from fos_compile.recipes import BF16, TRAINING
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,6 +28,10 @@ class NothingQuantized(RuntimeError):
     """A step ran, and none of its matmuls was quantized; the message says why for each."""
 
 
+class TooManyVariants(RuntimeError):
+    """A step ran in high precision, because Dynamo refused to compile it once more."""
+
+
 @overload
 def train_step(fn: Callable[P, R]) -> TrainStep[P, R]: ...
 
@@ -30,7 +39,7 @@ def train_step(fn: Callable[P, R]) -> TrainStep[P, R]: ...
 @overload
 def train_step(
     *,
-    recipe: str | Recipe = "training",
+    recipe: str | Recipe | None = None,
     skip: Iterable[str] = (),
     high_precision_steps: tuple[int, int] | None = None,
     total_steps: int | None = None,
@@ -42,7 +51,7 @@ def train_step(
 def train_step(
     fn: Callable[..., Any] | None = None,
     *,
-    recipe: str | Recipe = "training",
+    recipe: str | Recipe | None = None,
     skip: Iterable[str] = (),
     high_precision_steps: tuple[int, int] | None = None,
     total_steps: int | None = None,
@@ -53,9 +62,9 @@ def train_step(
 
     Args:
         fn: the step. Dynamo breaks the graph once at ``loss.backward()``; what stands before and
-            after it is compiled.
+            after it is compiled. A method works too: every instance counts its own steps.
         recipe: a recipe's name or a :class:`~fos_compile.Recipe`; ``"bf16"`` compiles without
-            quantization, as a baseline.
+            quantization, as a baseline. Default: that of ``FOS_RECIPE``, else ``"training"``.
         skip: globs of module paths to leave in high precision, besides heads and routers.
         high_precision_steps: ``(first, last)``, numbers of steps at the beginning and the end of
             training that run with recipe ``bf16``. A second compiled variant, no recompilation.
@@ -71,14 +80,28 @@ def train_step(
     Raises:
         InvalidArgument: unknown option or recipe, or ``high_precision_steps`` without a length.
         NothingQuantized: at the end of the first quantized step, if no matmul was quantized.
+        TooManyVariants: at the end of a step that ran in high precision, because Dynamo refused
+            to compile its forward once more.
     """
-    config = parse_options({**options, "recipe": recipe, "skip": tuple(skip)})
+    if fn is not None and not callable(fn):
+        fix = "name the options: train_step(recipe=...)"
+        raise InvalidArgument("train_step", "fn", "a function", repr(fn), fix)
+    named = {} if recipe is None else {"recipe": recipe}
+    config = parse_options({**options, **named, "skip": skip})
     schedule = _Schedule(high_precision_steps, total_steps)
 
     def decorate(function: Callable[..., Any]) -> TrainStep[..., Any]:
-        return TrainStep(function, config, schedule, dynamic)
+        if not callable(function):
+            raise InvalidArgument("train_step", "fn", "a function", repr(function))
+        return TrainStep(
+            function, config.replaced(recipe=config.recipe or TRAINING), schedule, dynamic
+        )
 
     return decorate if fn is None else decorate(fn)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class _Schedule:
@@ -86,11 +109,16 @@ class _Schedule:
 
     def __init__(self, edges: tuple[int, int] | None, total_steps: int | None) -> None:
         self.first, self.last, self.total = 0, 0, total_steps
+        if total_steps is not None and not _is_count(total_steps):
+            raise InvalidArgument(
+                "train_step", "total_steps", "a number of steps", repr(total_steps)
+            )
         if edges is None:
             return
-        if len(edges) != 2 or min(edges) < 0:
+        pair = isinstance(edges, (tuple, list)) and len(edges) == 2
+        if not pair or not all(map(_is_count, edges)):
             raise InvalidArgument(
-                "train_step", "high_precision_steps", "two step counts (first, last)", edges
+                "train_step", "high_precision_steps", "two step counts (first, last)", repr(edges)
             )
         self.first, self.last = edges
         if total_steps is None:
@@ -109,6 +137,67 @@ class _Schedule:
         )
 
 
+class _Variant:
+    """A step compiled under one config, on a code object of its own, with the reports of it."""
+
+    def __init__(self, fn: Callable[..., Any], config: BackendConfig, dynamic: bool | None) -> None:
+        assert config.recipe is not None
+        self.recipe = config.recipe
+        self.name = getattr(fn, "__qualname__", repr(fn))
+        self.backend = Backend(config, fragment=True)
+        self._compiled = torch.compile(own_code(fn), backend=self.backend, dynamic=dynamic)
+        self._checked = not config.recipe.quantizes
+        self._limited = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ran, refused = self.backend.quantized_runs, _refused_compilations()
+        result = self._compiled(*args, **kwargs)
+        if not self._checked:
+            self._check()
+        # Beyond its limit Dynamo runs what it has compiled and the rest as it is. An optimizer may
+        # end up there (its learning rate is a constant to Dynamo), the forward must not.
+        self._limited = self._limited or _refused_compilations() > refused
+        if self._limited and self.recipe.quantizes and self.backend.quantized_runs == ran:
+            raise self._too_many()
+        return result
+
+    def _too_many(self) -> TooManyVariants:
+        limit = torch._dynamo.config.recompile_limit
+        return TooManyVariants(
+            f"train_step: {self.name!r} must compile at most {limit} times, got one more, and ran "
+            "in high precision; let sizes be symbolic (dynamic=None), use one step for several "
+            "models, or raise torch._dynamo.config.recompile_limit"
+        )
+
+    def _check(self) -> None:
+        report = self.backend.report if self.backend.reports else Report(recipe=self.recipe.name)
+        if not report.quantized and not report.failure:
+            reasons = "; ".join(f"{count}x {reason}" for reason, count in report.reasons().items())
+            raise NothingQuantized(
+                f"train_step: no matmul of {self.name!r} was quantized with recipe "
+                f"{self.recipe.name!r}: {reasons or _NOTHING_CAPTURED}; "
+                "the step itself ran in high precision"
+            )
+        self._checked = True
+
+
+def _refused_compilations() -> int:
+    """How often Dynamo met its recompile limit in this process."""
+    reasons = counters["unimplemented"].items()
+    return sum(count for reason, count in reasons if "recompile limit" in reason)
+
+
+_NOTHING_CAPTURED = (
+    "torch.compile captured none (it skips a function whose backward() sits in a loop or a try: "
+    "put the forward and backward of one micro-batch in a function of its own)"
+)
+
+
+@dataclass(slots=True)
+class _Progress:
+    steps: int = 0
+
+
 class TrainStep(Generic[P, R]):
     """A compiled training step; made by :func:`train_step`."""
 
@@ -116,41 +205,45 @@ class TrainStep(Generic[P, R]):
         self, fn: Callable[P, R], config: BackendConfig, schedule: _Schedule, dynamic: bool | None
     ) -> None:
         functools.update_wrapper(self, fn)
-        self.name = getattr(fn, "__qualname__", repr(fn))
-        self.steps = 0
-        """Calls so far; decides which steps ``high_precision_steps`` covers."""
         self._schedule = schedule
-        self._backend = Backend(config, fragment=True)
-        self._compiled = torch.compile(fn, backend=self._backend, dynamic=dynamic)
-        self._plain_backend = Backend(config.replaced(recipe=BF16), fragment=True)
-        self._plain = torch.compile(fn, backend=self._plain_backend, dynamic=dynamic)
-        self._checked = config.recipe is not None and not config.recipe.quantizes
+        self._quantized = _Variant(fn, config, dynamic)
+        self._plain = _Variant(fn, config.replaced(recipe=BF16), dynamic)
+        self._progress = _Progress()
+        self._of_instances = WeakIdKeyDictionary()
+        self._self: tuple[Any, ...] = ()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run one step; compiles on the first call of a variant."""
-        if self._schedule.high_precision(self.steps):
-            result = self._plain(*args, **kwargs)
-        else:
-            result = self._compiled(*args, **kwargs)
-            if not self._checked:
-                self._check()
+        plain = self._schedule.high_precision(self.steps)
+        result: R = (self._plain if plain else self._quantized)(*self._self, *args, **kwargs)
         self.steps += 1
         return result
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        """Bind like a function, so that a method can be a step."""
-        return self if instance is None else functools.partial(self, instance)
+        """Bind like a function, so that a method can be a step.
 
-    def _check(self) -> None:
-        report = merge(self._backend.reports)
-        if not report.quantized and not report.failure:
-            reasons = "; ".join(f"{count}x {reason}" for reason, count in report.reasons().items())
-            raise NothingQuantized(
-                f"train_step: no matmul of {self.name!r} was quantized with recipe "
-                f"{report.recipe!r}: {reasons or 'torch.compile captured none'}; "
-                "the step itself ran in high precision"
-            )
-        self._checked = True
+        Instances share what is compiled, and with it the report; each counts its own steps.
+        """
+        if instance is None or self._self:
+            return self
+        try:
+            progress = self._of_instances.setdefault(instance, _Progress())
+        except TypeError as error:
+            fix = "add '__weakref__' to its __slots__"
+            kind = type(instance).__name__
+            raise InvalidArgument("train_step", "self", "weakly referable", kind, fix) from error
+        bound = copy.copy(self)
+        bound._progress, bound._self = progress, (instance,)
+        return bound
+
+    @property
+    def steps(self) -> int:
+        """Calls so far; decides which steps ``high_precision_steps`` covers."""
+        return self._progress.steps
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._progress.steps = count
 
     @property
     def report(self) -> Report:
@@ -159,11 +252,11 @@ class TrainStep(Generic[P, R]):
         Raises:
             RuntimeError: before the first quantized step, when nothing has been traced.
         """
-        if not self._backend.reports:
+        if not self._quantized.backend.reports:
             raise RuntimeError(
                 "train_step: report needs a quantized step to have run; call the step first"
             )
-        return self._backend.report
+        return self._quantized.backend.report
 
     def state_dict(self) -> dict[str, Any]:
         """Step count and the states of torch's default generators, which the dice come from."""
@@ -177,11 +270,35 @@ class TrainStep(Generic[P, R]):
             InvalidArgument: ``state`` is not from :meth:`state_dict`; nothing is changed.
         """
         expected = {"steps", "rng_cpu", "rng_cuda"}
-        if set(state) != expected:
+        if not isinstance(state, Mapping) or set(state) != expected:
+            actual = sorted(map(str, state)) if isinstance(state, Mapping) else repr(state)
             raise InvalidArgument(
-                "train_step", "state", f"a dict with keys {sorted(expected)}", sorted(state)
+                "train_step", "state", f"a dict with keys {sorted(expected)}", actual
             )
-        self.steps = int(state["steps"])
-        torch.set_rng_state(state["rng_cpu"])
-        if state["rng_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        steps, saved = state["steps"], state["rng_cuda"]
+        if not _is_count(steps):
+            raise InvalidArgument("train_step", "state['steps']", "a number of steps", repr(steps))
+        if not isinstance(saved, (list, tuple)):
+            raise InvalidArgument("train_step", "state['rng_cuda']", "a list", repr(saved))
+        cpu = _generator_state("rng_cpu", state["rng_cpu"], "cpu")
+        cuda = [
+            _generator_state("rng_cuda", each, f"cuda:{index}")
+            for index, each in enumerate(saved if torch.cuda.is_available() else ())
+        ]
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        self.steps = steps
+
+
+def _generator_state(key: str, state: Any, device: str) -> torch.Tensor:
+    """The state in the form that generators take; a map_location may have moved or cast it."""
+    try:
+        moved: torch.Tensor = state.to("cpu", torch.uint8)
+        torch.Generator(device).set_state(moved)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise InvalidArgument(
+            "train_step", f"state[{key!r}]", f"a generator state of {device}", type(state).__name__,
+            str(error),
+        ) from error  # fmt: skip
+    return moved

@@ -14,6 +14,7 @@ if __name__ != "fos_compile.kernels":
 
 from fos_compile.kernels.amax import AMAX
 from fos_compile.kernels.cpu.launch import register as register_cpu
+from fos_compile.kernels.cuda import register as register_cuda
 from fos_compile.kernels.dequantize import DEQUANTIZE
 from fos_compile.kernels.errors import FosError, InvalidArgument, UnsupportedArgument
 from fos_compile.kernels.formats import qs_of
@@ -25,6 +26,7 @@ from fos_compile.kernels.scaled_mm import SCALED_MM
 from fos_compile.kernels.seed import SEED
 
 register_cpu()
+register_cuda()
 define_outlined()
 
 __all__ = [

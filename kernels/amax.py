@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fos_compile.kernels import formats
-from fos_compile.kernels.op import Cost, Example, Op, Status, define_op, no_kernel
+from fos_compile.kernels.op import Cost, Example, Op, Status, cute_kernel, define_op, no_kernel
 from fos_compile.kernels.reference.blocks import group_lanes
 
 SCHEMA = "(Tensor x, bool rht=False, bool transpose=False) -> Tensor"
@@ -44,7 +44,10 @@ def fake(x: Tensor, rht: bool = False, transpose: bool = False) -> Tensor:
 
 def supports(x: Tensor, rht: bool = False, transpose: bool = False) -> Status:
     """Whether a device kernel serves this call."""
-    return formats.dtype_status("amax", x.dtype) and no_kernel("amax", x.device)
+    quantizable = formats.dtype_status("amax", x.dtype)
+    if quantizable and x.device.type == "cuda":
+        return cute_kernel("amax", x, {"rht": rht, "transpose": transpose})
+    return quantizable and no_kernel("amax", x.device)
 
 
 def cost(x: Tensor, rht: bool = False, transpose: bool = False) -> Cost:

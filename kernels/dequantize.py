@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fos_compile.kernels import formats
 from fos_compile.kernels.errors import InvalidArgument, UnsupportedArgument
-from fos_compile.kernels.op import Cost, Example, Op, Status, define_op, no_kernel
+from fos_compile.kernels.op import Cost, Example, Op, Status, cute_kernel, define_op, no_kernel
 from fos_compile.kernels.reference.blocks import same_constant
 
 SCHEMA = (
@@ -56,7 +56,7 @@ def reference(
     Returns:
         dtype [rows, cols] or [B, rows, cols].
     """
-    check(values, scales, format, dtype)
+    check(values, scales, rows, cols, format, dtype)
     return rescaled(unscaled(values, scales, format), amax, cols, qs, dtype)
 
 
@@ -72,8 +72,10 @@ def rescaled(out: Tensor, amax: Tensor | None, cols: int, qs: float, dtype: torc
     return torch.ops.aten._to_copy(cut, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def check(values: Tensor, scales: Tensor, format: str, dtype: torch.dtype) -> None:
-    """Raise unless the buffers can be decoded to ``dtype``."""
+def check(
+    values: Tensor, scales: Tensor, rows: int, cols: int, format: str, dtype: torch.dtype
+) -> None:
+    """Raise unless the buffers can be decoded to [rows, cols] of ``dtype``."""
     if format not in formats.FORMATS:
         raise InvalidArgument(
             "dequantize", "format", f"one of {', '.join(formats.FORMATS)}", repr(format)
@@ -82,9 +84,12 @@ def check(values: Tensor, scales: Tensor, format: str, dtype: torch.dtype) -> No
         raise UnsupportedArgument(
             "dequantize", "dtype", "bfloat16, float16 or float32", dtype, "cast the result"
         )
-    if values.dtype != torch.uint8 or scales.dtype != torch.uint8:
-        actual = f"{values.dtype} and {scales.dtype}"
-        raise InvalidArgument("dequantize", "values and scales", "uint8", actual, "view them")
+    formats.check_buffers("dequantize", ("values", "scales"), values, scales, format)
+    height, half = values.shape[-2:]
+    if formats.known(rows, height) and rows != height:
+        raise InvalidArgument("dequantize", "rows", f"{height}, those of values", rows)
+    if formats.known(cols, half) and not 0 <= cols <= 2 * half:
+        raise InvalidArgument("dequantize", "cols", f"at most {2 * half}, those of values", cols)
 
 
 def fake(
@@ -99,14 +104,25 @@ def fake(
     dtype: torch.dtype,
 ) -> Tensor:
     """[.., rows, cols] of dtype."""
-    check(values, scales, format, dtype)
+    check(values, scales, rows, cols, format, dtype)
     return values.new_empty((*values.shape[:-2], rows, cols), dtype=dtype)
 
 
 def supports(
-    values: Tensor, scales: Tensor, amax: Tensor | None, rows: int, cols: int, **options: object
+    values: Tensor,
+    scales: Tensor,
+    amax: Tensor | None,
+    rows: int,
+    cols: int,
+    *,
+    format: str = "nvfp4",
+    qs: float = 1.0,
+    dtype: torch.dtype,
 ) -> Status:
     """Whether a device kernel serves this call."""
+    if values.device.type == "cuda":
+        options = {"format": format, "scaled": amax is not None, "dtype": dtype}
+        return cute_kernel("dequantize", values, options)
     return no_kernel("dequantize", values.device)
 
 

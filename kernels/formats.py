@@ -111,6 +111,40 @@ def check_input(op: str, x: Tensor) -> None:
         )
 
 
+def known(*sizes: int) -> bool:
+    """Whether all sizes are plain numbers: asking anything of a symbolic one would be a guard."""
+    return not torch.compiler.is_dynamo_compiling() and all(type(size) is int for size in sizes)
+
+
+def check_buffers(
+    op: str, names: tuple[str, str], values: Tensor, scales: Tensor, format: str
+) -> None:
+    """Raise InvalidArgument unless the scales are those of the values, as far as sizes are known.
+
+    A kernel reads the scales where the shape of the values says that they are.
+    """
+    both = " and ".join(names)
+    if values.dtype != torch.uint8 or scales.dtype != torch.uint8:
+        raise InvalidArgument(op, both, "uint8", f"{values.dtype} and {scales.dtype}", "view them")
+    if values.dim() not in (2, 3) or scales.dim() != values.dim() - 1:
+        required, actual = "[rows, P/2] and [L], or both with a batch", _shapes(values, scales)
+        raise InvalidArgument(op, both, required, actual)
+    if not known(*values.shape, *scales.shape):
+        return
+    *lead, rows, half = values.shape
+    if half % (2 * WIDTH[format]):
+        required = f"[.., P/2] with P a multiple of {4 * WIDTH[format]} for {format}"
+        raise InvalidArgument(op, names[0], required, list(values.shape))
+    shape = [*lead, scale_count(rows, 2 * half, format)]
+    if list(scales.shape) != shape:
+        required = f"{shape} for {format} {names[0]} {list(values.shape)}"
+        raise InvalidArgument(op, names[1], required, list(scales.shape), "pass what quantize gave")
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return " and ".join(str(list(tensor.shape)) for tensor in tensors)
+
+
 def constant(value: float, like: Tensor) -> Tensor:
     """float32 []: a choice between two Python numbers would have torch's default dtype."""
     return torch.full((), value, dtype=torch.float32, device=like.device)

@@ -64,22 +64,6 @@ class Op:
         return getattr(getattr(torch.ops, LIBRARY), self.name).default
 
 
-def missing_pieces(op: Op) -> list[str]:
-    """Names of what a registered operator lacks: empty for a complete one."""
-    missing = [
-        field
-        for field in ("reference", "fake", "supports", "cost", "example_inputs")
-        if not callable(getattr(op, field))
-    ]
-    missing += [field for field in ("name", "schema") if not getattr(op, field)]
-    for field in ("reference", "supports"):
-        if not (getattr(op, field).__doc__ or "" if callable(getattr(op, field)) else "").strip():
-            missing.append(f"{field}.__doc__")
-    if callable(op.example_inputs) and not op.example_inputs():
-        missing.append("an example input")
-    return missing
-
-
 def define_op(op: Op) -> Op:
     """Register schema, implementation for every device, and fake of `op`; returns it."""
     qualified = f"{LIBRARY}::{op.name}"
@@ -108,4 +92,21 @@ def no_kernel(op: str, device: torch.device) -> Status:
         from fos_compile.kernels.cpu.build import status
 
         return status()
-    return Status(f"{op}: no device kernel for {device.type}; the decomposition serves")
+    reason = f"no device kernel for {device.type}"
+    if device.type == "cuda":
+        from fos_compile.kernels import target
+
+        reason = target.status(device).reason or reason
+    return Status(f"{op}: {reason}; the decomposition serves")
+
+
+def cute_kernel(op: str, x: torch.Tensor, options: dict[str, Any]) -> Status:
+    """The answer of `supports` for a call on CUDA: what the implementation itself will do."""
+    from fos_compile.kernels import target
+
+    reason = target.status(x.device).reason
+    if not reason:
+        from fos_compile.kernels.cute import launch
+
+        reason = launch.reason(op, x, options)
+    return Status(reason and f"{op}: {reason}; the decomposition serves")

@@ -1,4 +1,5 @@
-"""Operators of ``fos`` compiled once per signature and shared: library ``fos_outlined``.
+"""Operators of ``fos`` compiled once per signature and shared: library ``fos_outlined``, and
+``fos_outlined_dynamic`` for calls of which the graph knows that sizes will change.
 
 Inlining a quantizer into the user's graph costs seconds of compile time for every call site, a
 few hundred of them in a training graph of twelve layers. Here a call site stays a single
@@ -10,18 +11,25 @@ with ``EXACT_NUMERICS`` whatever the surrounding graph uses.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 
 from fos_compile.kernels.op import LIBRARY, REGISTRY, Op
+from fos_compile.kernels.own_code import own_code
 
 OUTLINED = f"{LIBRARY}_outlined"
+OUTLINED_DYNAMIC = f"{LIBRARY}_outlined_dynamic"
+"""One compilation with symbolic sizes, at once."""
 MAX_STATIC_SHAPES = 8
-"""More shapes than this of one call (a dynamic batch) share one compilation with symbolic sizes."""
+"""More shapes than this of one call (a static graph recompiled for every batch) share one
+compilation with symbolic sizes. A model has a handful of layer shapes, and static code is faster:
+docs/design.md."""
+
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 EXACT_NUMERICS = {
     "emulate_precision_casts": True,
@@ -41,8 +49,9 @@ def exact_numerics() -> dict[str, Any]:
 class _Compiled:
     """Compilations of one operator's reference, by signature."""
 
-    def __init__(self, op: Op) -> None:
+    def __init__(self, op: Op, max_static_shapes: int) -> None:
         self.op = op
+        self.max_static_shapes = max_static_shapes
         self.functions: dict[Hashable, Callable[..., Any]] = {}
         self.shapes: dict[Hashable, int] = {}
         self.lock = threading.Lock()
@@ -57,18 +66,31 @@ class _Compiled:
         if function is None:
             with self.lock:
                 function = self._compile(call, shape)
-        # The caller's grad mode and autocast must neither reach the reference nor split the cache.
-        with torch.no_grad(), torch._C._DisableAutocast():
+        with _one_state():
             return function(*args, **kwargs)
 
     def _compile(self, call: Hashable, shape: Hashable) -> Callable[..., Any]:
         self.shapes[call] = self.shapes.get(call, 0) + 1
-        dynamic = self.shapes[call] > MAX_STATIC_SHAPES
+        dynamic = self.shapes[call] > self.max_static_shapes
         function = torch.compile(
-            _copy(self.op.reference), fullgraph=True, dynamic=dynamic, options=exact_numerics()
+            own_code(self.op.reference), fullgraph=True, dynamic=dynamic, options=exact_numerics()
         )
         self.functions[call, None if dynamic else shape] = function
         return function
+
+
+@contextlib.contextmanager
+def _one_state() -> Iterator[None]:
+    """The caller's grad mode, autocast and dispatch state must neither reach the reference nor
+    split the cache: Dynamo guards on them, and the first run of compiled code has a state of its
+    own, so that every signature would be compiled twice."""
+    with (
+        torch.no_grad(),
+        torch._C._DisableAutocast(),
+        torch._C._AutoDispatchBelowAutograd(),
+        torch._C._ExcludeDispatchKeyGuard(_VIEWS),
+    ):
+        yield
 
 
 def _as_tensor(stream: int, args: tuple[Any, ...]) -> Any:
@@ -98,29 +120,18 @@ def _static(leaf: Any) -> Hashable:
     return "int" if type(leaf) is int else leaf
 
 
-def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on a code object of its own: Dynamo limits recompilations per code object."""
-    copied = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
-
-
 def define_outlined() -> None:
-    """Register the outlined twin of every operator that may be inlined."""
-    for op in REGISTRY.values():
-        if op.inlinable:
-            qualified = f"{OUTLINED}::{op.name}"
-            torch.library.define(qualified, op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.impl(qualified, "CompositeExplicitAutograd", _Compiled(op))
-            torch.library.register_fake(qualified, op.fake)
+    """Register the outlined twins of every operator that may be inlined."""
+    for library, static in ((OUTLINED, MAX_STATIC_SHAPES), (OUTLINED_DYNAMIC, 0)):
+        for op in REGISTRY.values():
+            if op.inlinable:
+                qualified = f"{library}::{op.name}"
+                torch.library.define(qualified, op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+                torch.library.impl(qualified, "CompositeExplicitAutograd", _Compiled(op, static))
+                torch.library.register_fake(qualified, op.fake)
 
 
-def outlined(op: Op) -> torch._ops.OpOverload:
-    """``torch.ops.fos_outlined.<name>.default``."""
-    return getattr(getattr(torch.ops, OUTLINED), op.name).default
+def outlined(op: Op, *, dynamic: bool = False) -> torch._ops.OpOverload:
+    """``torch.ops.fos_outlined.<name>.default``, or its twin with symbolic sizes."""
+    library = OUTLINED_DYNAMIC if dynamic else OUTLINED
+    return getattr(getattr(torch.ops, library), op.name).default

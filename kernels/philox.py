@@ -57,7 +57,7 @@ def dice(seed: Tensor, groups: Tensor, stream: int | Tensor) -> Tensor:
     if not isinstance(stream, Tensor):
         # Inductor takes arithmetic between symbolic ints and int64 tensors through float32.
         stream = torch.full((), stream, dtype=torch.int64, device=seed.device)
-    words = philox((groups & _MASK, groups >> 32, stream, 0), key)
+    words = philox((groups & _MASK, groups >> 32, stream & _MASK, 0), key)
     # As int32 by subtraction: the conversion of an unrepresentable int64 is not portable.
     narrow = torch.stack([(w - ((w >> 31) << 32)).to(torch.int32) for w in words])
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=seed.device)

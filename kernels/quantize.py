@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fos_compile.kernels import formats
-from fos_compile.kernels.op import Cost, Example, Op, Status, define_op, no_kernel
+from fos_compile.kernels.errors import InvalidArgument
+from fos_compile.kernels.op import Cost, Example, Op, Status, cute_kernel, define_op, no_kernel
 from fos_compile.kernels.reference.quantizer import Spec, quantize_matrix
 
 SCHEMA = (
@@ -56,13 +57,14 @@ def reference(
     Raises:
         InvalidArgument, UnsupportedArgument: see docs/contract.md section 1.
     """
-    spec = _spec(x, seed, format, scale_rule, rounding, block, rht, transpose, stream)
+    spec = _spec(x, amax, seed, format, scale_rule, rounding, block, rht, transpose, stream)
     values, scales = quantize_matrix(x, amax, seed, spec)
     return values, formats.to_blocked(scales)
 
 
 def _spec(
     x: Tensor,
+    amax: Tensor,
     seed: Tensor | None,
     format: str,
     scale_rule: str,
@@ -76,6 +78,9 @@ def _spec(
     formats.check_options(
         "quantize", format=format, scale_rule=scale_rule, rounding=rounding, block=block, seed=seed
     )
+    _check_number("amax", amax, torch.float32, x)
+    if seed is not None and rounding != "nearest":
+        _check_number("seed", seed, torch.int64, x)
     return Spec(
         format=format,
         scale_rule=scale_rule,
@@ -85,6 +90,17 @@ def _spec(
         transpose=transpose,
         stream=stream,
     )
+
+
+def _check_number(name: str, number: Tensor, dtype: torch.dtype, x: Tensor) -> None:
+    """Raise InvalidArgument unless a kernel may read `number` where x is."""
+    count = number.numel()
+    if number.dtype != dtype or (formats.known(count) and count != 1):
+        actual = f"{number.dtype} {list(number.shape)}"
+        raise InvalidArgument("quantize", name, f"{dtype} with one element", actual)
+    if number.device != x.device:
+        fix = f"pass {name}.to(x.device)"
+        raise InvalidArgument("quantize", name, f"on {x.device} as x is", number.device, fix)
 
 
 def buffer_shapes(x: Tensor, format: str, transpose: bool) -> tuple[tuple[int, ...], ...]:
@@ -116,13 +132,16 @@ def fake(
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Buffers by formula: tracing the reference would cost hundreds of fake operations a call."""
-    _spec(x, seed, format, scale_rule, rounding, block, rht, transpose, stream)
+    _spec(x, amax, seed, format, scale_rule, rounding, block, rht, transpose, stream)
     return empty_buffers(x, format, transpose)
 
 
 def supports(x: Tensor, amax: Tensor, seed: Tensor | None = None, **options: object) -> Status:
     """Whether a device kernel serves this call."""
-    return formats.dtype_status("quantize", x.dtype) and no_kernel("quantize", x.device)
+    quantizable = formats.dtype_status("quantize", x.dtype)
+    if quantizable and x.device.type == "cuda":
+        return cute_kernel("quantize", x, options)
+    return quantizable and no_kernel("quantize", x.device)
 
 
 def flops_per_element(scale_rule: str, rounding: str, rht: bool) -> int:
@@ -152,7 +171,7 @@ def cost(
 
 def example_inputs() -> list[Example]:
     """Formats, rules, roundings, blocks, orientation, batch, unaligned and empty sizes."""
-    x = torch.randn(18, 70)
+    x = torch.randn(18, 72)
     amax, seed = x.abs().max(), torch.tensor([7])
     half = x.bfloat16()
     return [
@@ -161,7 +180,7 @@ def example_inputs() -> list[Example]:
         ((x, amax, seed), {"scale_rule": "abs_max", "rounding": "stochastic", "stream": 3}),
         ((half, amax, seed), {"rounding": "stochastic_realized", "transpose": True}),
         ((half, amax, seed), {"rounding": "stochastic_unbiased", "block": "2d", "rht": True}),
-        ((half.view(2, 9, 70), amax, seed), {"rounding": "stochastic", "transpose": True}),
+        ((half.view(2, 9, 72), amax, seed), {"rounding": "stochastic", "transpose": True}),
         ((half.mT, amax), {"scale_rule": "static_6", "rht": True}),
         ((half, amax), {"scale_rule": "static_4", "format": "mxfp4"}),
         ((half[:0], amax), {}),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fos_compile.kernels import formats
 from fos_compile.kernels import quantize as single
-from fos_compile.kernels.op import Cost, Example, Op, Status, define_op, no_kernel
+from fos_compile.kernels.op import Cost, Example, Op, Status, define_op
 
 SCHEMA = (
     "(Tensor x, Tensor amax_row, Tensor amax_col, Tensor? seed=None, *, str format='nvfp4', "
@@ -113,10 +113,24 @@ def fake(
 
 
 def supports(
-    x: Tensor, amax_row: Tensor, amax_col: Tensor, seed: Tensor | None = None, **options: object
+    x: Tensor,
+    amax_row: Tensor,
+    amax_col: Tensor,
+    seed: Tensor | None = None,
+    *,
+    rounding_row: str = "nearest",
+    rounding_col: str = "nearest",
+    rht_row: bool = False,
+    rht_col: bool = False,
+    **options: object,
 ) -> Status:
-    """Whether a device kernel serves this call."""
-    return formats.dtype_status("quantize_pair", x.dtype) and no_kernel("quantize_pair", x.device)
+    """Whether a device kernel serves this call: both of its orientations."""
+    row = single.supports(x, amax_row, seed, **options, rounding=rounding_row, rht=rht_row)
+    col = single.supports(
+        x, amax_col, seed, **options, rounding=rounding_col, rht=rht_col, transpose=True
+    )
+    both = row and col
+    return both or Status(f"quantize_pair: {both.reason}")
 
 
 def cost(

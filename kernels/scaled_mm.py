@@ -62,9 +62,9 @@ def reference(
         out_dtype [m, n] or [B, m, n].
 
     Raises:
-        InvalidArgument: ranks differ, or an unknown format.
+        InvalidArgument: buffers and sizes that do not go together, or an unknown format.
     """
-    check(a, b, format)
+    check(a, scales_a, b, scales_b, format, m, n, k)
     exact = torch.float32 if a.device.type == "cpu" else torch.bfloat16
     left = unscaled(a, scales_a, format).to(exact)
     right = unscaled(b, scales_b, format).to(exact)
@@ -98,8 +98,10 @@ def _tensor_scale(amax: Tensor, qs: float) -> Tensor:
     return amax / same_constant(qs, finite)
 
 
-def check(a: Tensor, b: Tensor, format: str) -> None:
-    """Raise unless the operands have one rank and a known format."""
+def check(
+    a: Tensor, scales_a: Tensor, b: Tensor, scales_b: Tensor, format: str, m: int, n: int, k: int
+) -> None:
+    """Raise unless the operands and their logical sizes go together, as far as sizes are known."""
     if format not in formats.FORMATS:
         valid = f"one of {', '.join(formats.FORMATS)}"
         raise InvalidArgument("scaled_mm", "format", valid, repr(format))
@@ -111,6 +113,19 @@ def check(a: Tensor, b: Tensor, format: str) -> None:
             f"{list(a.shape)} and {list(b.shape)}",
             "flatten leading dims or add a batch dimension",
         )
+    formats.check_buffers("scaled_mm", ("a", "scales_a"), a, scales_a, format)
+    formats.check_buffers("scaled_mm", ("b", "scales_b"), b, scales_b, format)
+    if not formats.known(*a.shape, *b.shape, m, n, k):
+        return
+    padded = 2 * a.shape[-1]
+    if 2 * b.shape[-1] != padded or a.shape[:-2] != b.shape[:-2]:
+        actual = f"{list(a.shape)} and {list(b.shape)}"
+        raise InvalidArgument("scaled_mm", "a and b", "equal in batch and P", actual)
+    if (m, n) != (a.shape[-2], b.shape[-2]):
+        rows = f"{a.shape[-2]} and {b.shape[-2]}, the rows of a and b"
+        raise InvalidArgument("scaled_mm", "m and n", rows, f"{m} and {n}")
+    if not 0 <= k <= padded:
+        raise InvalidArgument("scaled_mm", "k", f"at most {padded}, the columns of a and b", k)
 
 
 def fake(
@@ -131,7 +146,7 @@ def fake(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """[.., m, n] of out_dtype; no operand is materialised while faking."""
-    check(a, b, format)
+    check(a, scales_a, b, scales_b, format, m, n, k)
     return a.new_empty((*a.shape[:-2], m, n), dtype=out_dtype)
 
 

@@ -18,18 +18,20 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from fos_compile.passes.errors import working_on
-from fos_compile.passes.graph_edit import value
+from fos_compile.passes.graph_edit import argument, value
+from fos_compile.passes.provenance import is_backward, is_traced_backward
 from fos_compile.passes.recipe import OperandSpec, PassConfig, Recipe
 from fos_compile.passes.report import PassReport
 from fos_compile.passes.sites import DECISION, MatmulSite, Operand, Plan, Rejection, sites_of
 
 aten = torch.ops.aten
 _BATCHED = {aten.bmm.default, aten.baddbmm.default}
+_LOOKUPS = {aten.embedding.default, aten.index.Tensor, aten.index_select.default}
 _DTYPES = (torch.bfloat16, torch.float16)
 
 Rule = Callable[[MatmulSite, PassConfig], Rejection | None]
@@ -48,8 +50,14 @@ def decide(graph: torch.fx.Graph, config: PassConfig) -> PassReport:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """A glob matches a whole module path or its last components (``lm_head``, ``mlp.*``)."""
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}")
+    """A glob matches a module path, its last components (``lm_head``, ``mlp.*``), or a module that
+    contains it: ``encoder`` covers ``encoder.0.up``."""
+    parts = path.split(".")
+    modules = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return any(
+        fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
+        for module in modules
+    )
 
 
 def recipe_for(path: str, config: PassConfig) -> Recipe:
@@ -60,10 +68,21 @@ def recipe_for(path: str, config: PassConfig) -> Recipe:
     return config.recipe
 
 
+def unused_patterns(sites: Sequence[MatmulSite], config: PassConfig) -> tuple[str, ...]:
+    """The globs of ``overrides`` and of the user's ``skip`` that match no site."""
+    usual = PassConfig(recipe=config.recipe).skip
+    patterns = [p for p in config.skip if p not in usual] + [p for p, _ in config.overrides]
+    return tuple(p for p in patterns if not any(matches(site.path, p) for site in sites))
+
+
 def _no_forward(site: MatmulSite, config: PassConfig) -> Rejection | None:
-    if site.role is None:
+    if site.role is not None:
+        return None
+    if is_traced_backward(site.node):
+        return Rejection(code="traced_backward", text="backward traced into the forward")
+    if is_backward(site.node):
         return Rejection(code="unlinked", text="backward matmul of no forward matmul in this graph")
-    return None
+    return Rejection(code="gradient", text="product with a gradient (optimizer arithmetic)")
 
 
 def _forward_rejected(site: MatmulSite, config: PassConfig) -> Rejection | None:
@@ -101,15 +120,29 @@ def _dtype(site: MatmulSite, config: PassConfig) -> Rejection | None:
 
 
 def _no_parameter(site: MatmulSite, config: PassConfig) -> Rejection | None:
-    if site.role == "fprop" and site.node.target in _BATCHED and site.weight is None:
-        return Rejection(code="no_parameter", text="batched product of two activations (attention)")
-    return None
+    # A graph cannot tell q and k that it is given from x and a weight that it is given; it can tell
+    # them once one was computed, from the other or from something else than a parameter.
+    batched = site.node.target in _BATCHED
+    if site.role != "fprop" or site.weight is not None or (site.functional and not batched):
+        return None
+    if any(_looks_up_parameter(operand.root) for operand in site.operands):
+        text = "product with a part of a parameter picked by index (gathered experts)"
+    elif batched:
+        text = "batched product of two activations (attention)"
+    else:
+        text = "product of two activations (attention, similarities, optimizer arithmetic)"
+    return Rejection(code="no_parameter", text=text)
+
+
+def _looks_up_parameter(node: torch.fx.Node) -> bool:
+    return node.target in _LOOKUPS and "fos_input" in argument(node, 0).meta
 
 
 def _tied_head(site: MatmulSite, config: PassConfig) -> Rejection | None:
     weight = site.weight
     if site.role == "fprop" and weight is not None:
-        if any(user.target is aten.embedding.default for user in weight.root.users):
+        lookups = (user for user in weight.root.users if user.target in _LOOKUPS)
+        if any(argument(user, 0) is weight.root for user in lookups):
             return Rejection(code="tied_head", text="weight is shared with an embedding table")
     return None
 
@@ -168,7 +201,8 @@ def _plan(site: MatmulSite, config: PassConfig) -> Plan:
 
 
 def _fit(spec: OperandSpec | None, operand: Operand) -> OperandSpec | None:
-    """2D tiles exist so that a weight and its transpose agree; other operands get 1D blocks."""
+    """2D tiles exist so that a weight and its transpose agree. In a product of two activations the
+    one that plays the weight's part has no parameter to agree with: it gets 1D blocks."""
     if spec is not None and spec.block == "2d" and operand.kind != "weight":
         return dataclasses.replace(spec, block="1d")
     return spec

@@ -11,14 +11,15 @@ After
 Why legal
     Only metadata changes.
 Bails out when
-    Never: a matmul that fits no role is a site with ``role=None``.
+    A matmul was decided on in an enclosing graph before (regions are traced on their own, cut, and
+    shown to the passes again). A matmul that fits no role is a site with ``role=None``.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -28,14 +29,17 @@ from fos_compile.passes.graph_edit import argument, value
 from fos_compile.passes.provenance import (
     Origin,
     behind_transposes,
+    inputs_read,
     is_backward,
+    is_given,
+    is_traced_backward,
     kind_of,
     origins,
     root_of,
 )
 from fos_compile.passes.recipe import PassConfig, Role
 from fos_compile.passes.report import PassReport
-from fos_compile.passes.sites import SITE, MatmulSite, Operand
+from fos_compile.passes.sites import DONE, FACTS, SITE, MatmulSite, Operand
 
 aten = torch.ops.aten
 
@@ -51,9 +55,12 @@ MATMULS: dict[Any, int] = {
 
 def detect(graph: fx.Graph, config: PassConfig) -> PassReport:
     """Attach a :class:`MatmulSite` to every matmul node of ``graph``."""
-    found = origins(graph)
+    found = _Provenance(origins(graph), inputs_read(graph))
     forward: dict[int | None, list[MatmulSite]] = defaultdict(list)
-    matmuls = [node for node in graph.nodes if node.target in MATMULS]
+    for node in graph.nodes:  # copies of nodes carry facts about the graph they come from
+        for key in FACTS:
+            node.meta.pop(key, None)
+    matmuls = [node for node in graph.nodes if node.target in MATMULS and DONE not in node.meta]
     for index, node in enumerate(matmuls):
         with working_on(node):
             site = _match(node, index, found, forward)
@@ -78,10 +85,17 @@ def module_path(node: fx.Node) -> str:
     return ".".join(parts)
 
 
+class _Provenance(NamedTuple):
+    """Of every node of the graph."""
+
+    origins: dict[fx.Node, Origin]
+    inputs: dict[fx.Node, int]
+
+
 def _match(
     node: fx.Node,
     index: int,
-    found: dict[fx.Node, Origin],
+    found: _Provenance,
     forward: dict[int | None, list[MatmulSite]],
 ) -> MatmulSite:
     first = MATMULS[node.target]
@@ -90,7 +104,9 @@ def _match(
     b = _operand(right, found, k_last=False)
     role: Role | None = "fprop"
     partner = None
-    if is_backward(node) or "gradient" in (a.kind, b.kind):
+    if is_traced_backward(node):
+        role = None
+    elif is_backward(node) or "gradient" in (a.kind, b.kind):
         role, partner = _role(node, a, b, forward)
     shape_a, shape_b = value(left).shape, value(right).shape
     return MatmulSite(
@@ -100,6 +116,7 @@ def _match(
         role=role,
         a=a,
         b=b,
+        functional=_is_weight_of(a, right, found) or _is_weight_of(b, left, found),
         batch=str(shape_a[0]) if len(shape_a) == 3 else "",
         m=str(shape_a[-2]),
         n=str(shape_b[-1]),
@@ -108,14 +125,21 @@ def _match(
     )
 
 
-def _operand(node: fx.Node, found: dict[fx.Node, Origin], *, k_last: bool) -> Operand:
+def _operand(node: fx.Node, found: _Provenance, *, k_last: bool) -> Operand:
     source, transposed = behind_transposes(node)
     return Operand(
-        kind=kind_of(found[node]),
+        kind=kind_of(found.origins[node]),
         source=source,
         transpose=transposed if k_last else not transposed,
         root=root_of(source),
     )
+
+
+def _is_weight_of(operand: Operand, other: fx.Node, found: _Provenance) -> bool:
+    """Whether ``operand`` may be a weight that was passed as an argument: a tensor given to the
+    graph, multiplied as it is with something that was not made from it."""
+    root = operand.root
+    return is_given(root) and not found.inputs[root] & found.inputs[other]
 
 
 def _role(

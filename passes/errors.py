@@ -1,11 +1,39 @@
-"""Failures of a pass, with the pass and the node that they happened at."""
+"""Failures of a pass, with the pass and the node that they happened at, and warnings."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
+import types
+import warnings
 from collections.abc import Iterator
 
 from torch import fx
+
+_NOT_THE_USER = {"contextlib", "fos_compile", "functools", "functorch", "torch"}
+
+
+class FosCompileWarning(UserWarning):
+    """Something was left in high precision that the user may have expected in four bits."""
+
+
+def stack() -> list[types.FrameType]:
+    """The frames of the caller, of its caller and so on."""
+    frames = [sys._getframe(1)]
+    while (caller := frames[-1].f_back) is not None:
+        frames.append(caller)
+    return frames
+
+
+def is_users(frame: types.FrameType) -> bool:
+    """False for a frame of torch, of this package, or of the library between them."""
+    return frame.f_globals.get("__name__", "").split(".")[0] not in _NOT_THE_USER
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's code that made torch compile."""
+    depth = next((depth for depth, frame in enumerate(stack()) if is_users(frame)), 1)
+    warnings.warn(message, FosCompileWarning, stacklevel=depth + 1)
 
 
 class PassError(RuntimeError):
@@ -15,7 +43,8 @@ class PassError(RuntimeError):
         self.pass_name = pass_name
         self.node = node
         where = f"pass '{pass_name}'" + (f" at node '{node}'" if node else "")
-        self.summary = f"{where} failed: {type(cause).__name__}: {cause}"
+        first_line = str(cause).strip().split("\n", 1)[0]  # lint appends the whole graph
+        self.summary = f"{where} failed: {type(cause).__name__}: {first_line}"
         """What happened, without the ways out."""
         super().__init__(
             f"{self.summary}; compile with options={{'strict': False}} to run "

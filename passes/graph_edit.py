@@ -93,8 +93,8 @@ def inherit(node: fx.Node, like: fx.Node) -> None:
             node.meta[key] = like.meta[key]
 
 
-def size(graph: fx.Graph, node: fx.Node, dim: int) -> int | fx.Node:
-    """Size of ``node`` along ``dim``: an int if static, else a ``sym_size`` node.
+def size(graph: fx.Graph, node: fx.Node, dim: int, *, before: fx.Node) -> int | fx.Node:
+    """Size of ``node`` along ``dim``, for use at ``before``: an int if static, else a ``sym_size``.
 
     Reuses an existing ``sym_size`` node of the same tensor; never guards.
     """
@@ -104,7 +104,8 @@ def size(graph: fx.Graph, node: fx.Node, dim: int) -> int | fx.Node:
     positive = dim % value(node).ndim
     for user in node.users:
         if user.target is torch.ops.aten.sym_size.int and user.args[1] == positive:
-            return user
+            if user < before:
+                return user
     with graph.inserting_before(behind(node)):
         return call(graph, torch.ops.aten.sym_size.int, (node, positive), like=node)
 

@@ -30,11 +30,9 @@ from fos_compile.passes.graph_edit import argument, behind, call, size, unpack, 
 from fos_compile.passes.provenance import Value, is_backward, value_of
 from fos_compile.passes.recipe import OperandSpec, PassConfig
 from fos_compile.passes.report import PassReport
-from fos_compile.passes.sites import DECISION, SITE, MatmulSite, Operand, Plan, sites_of
+from fos_compile.passes.sites import DECISION, KEY, SITE, MatmulSite, Operand, Plan, sites_of
 
 aten = torch.ops.aten
-KEY = "fos_key"
-"""``node.meta`` key of quantize and amax nodes: what they compute, for ``share``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -194,11 +192,12 @@ class _Inserter:
 
     def _scaled_mm(self, site: MatmulSite, a: _Quantized, b: _Quantized, format: str) -> fx.Node:
         node, out_dtype = site.node, value(site.node).dtype
-        bias, fused = _bias(node)
+        bias = _bias(node)
+        fused = _is_fused(node, bias)
         extent = {
-            "m": size(self.graph, site.a.source, -1 if site.a.transpose else -2),
-            "n": size(self.graph, site.b.source, -1 if site.b.transpose else -2),
-            "k": size(self.graph, site.a.source, -2 if site.a.transpose else -1),
+            "m": size(self.graph, site.a.source, -1 if site.a.transpose else -2, before=node),
+            "n": size(self.graph, site.b.source, -1 if site.b.transpose else -2, before=node),
+            "k": size(self.graph, site.a.source, -2 if site.a.transpose else -1, before=node),
         }
         new = call(
             self.graph,
@@ -214,24 +213,20 @@ class _Inserter:
                 b.qs,
                 bias if fused else None,
             ),
-            {
-                "format": format,
-                **extent,
-                "out_dtype": out_dtype if fused or bias is None else torch.float32,
-            },
+            {"format": format, **extent, "out_dtype": out_dtype if fused else torch.float32},
             like=node,
         )
-        return new if fused or bias is None else self._add_bias(node, new, bias)
+        return new if fused else self._add_bias(node, new, bias)
 
-    def _add_bias(self, node: fx.Node, product: fx.Node, bias: fx.Node) -> fx.Node:
+    def _add_bias(self, node: fx.Node, product: fx.Node, bias: fx.Node | None) -> fx.Node:
         """``beta * bias + alpha * product`` in float32, rounded once, for what is no plain bias."""
         to = torch.ops.prims.convert_element_type.default
-        wide = call(self.graph, to, (bias, torch.float32), like=node)
-        wide = call(self.graph, aten.mul.Tensor, (wide, node.kwargs.get("beta", 1)), like=node)
-        scaled = call(
-            self.graph, aten.mul.Tensor, (product, node.kwargs.get("alpha", 1)), like=node
-        )
-        total = call(self.graph, aten.add.Tensor, (scaled, wide), like=node)
+        if bias is not None:
+            wide = call(self.graph, to, (bias, torch.float32), like=node)
+            wide = call(self.graph, aten.mul.Tensor, (wide, node.kwargs.get("beta", 1)), like=node)
+        total = call(self.graph, aten.mul.Tensor, (product, node.kwargs.get("alpha", 1)), like=node)
+        if bias is not None:
+            total = call(self.graph, aten.add.Tensor, (total, wide), like=node)
         return call(self.graph, to, (total, value(node).dtype), like=node)
 
     def _mixed_mm(
@@ -253,8 +248,8 @@ class _Inserter:
                     quantized.values,
                     quantized.scales,
                     quantized.amax,
-                    size(self.graph, operand.source, rows),
-                    size(self.graph, operand.source, cols),
+                    size(self.graph, operand.source, rows, before=site.node),
+                    size(self.graph, operand.source, cols, before=site.node),
                 ),
                 {"format": spec.format, "qs": quantized.qs, "dtype": value(site.node).dtype},
                 like=site.node,
@@ -283,14 +278,22 @@ def _cast_again(weight: Operand) -> None:
         node = argument(node, 0)
 
 
-def _bias(node: fx.Node) -> tuple[fx.Node | None, bool]:
-    """The additive operand, and whether ``fos::scaled_mm`` can add it: an unscaled N-vector."""
-    if MATMULS[node.target] == 0:
-        return None, False
-    bias = argument(node, 0)
-    plain = node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1
+def _bias(node: fx.Node) -> fx.Node | None:
+    """The additive operand, if there is one that counts: ``beta=0`` means that it is not read."""
+    if MATMULS[node.target] == 0 or node.kwargs.get("beta", 1) == 0:
+        return None
+    bias: fx.Node = argument(node, 0)
+    return bias
+
+
+def _is_fused(node: fx.Node, bias: fx.Node | None) -> bool:
+    """Whether ``fos::scaled_mm`` can do all of it: it adds an unscaled N-vector at most."""
+    if node.kwargs.get("alpha", 1) != 1:
+        return False
+    if bias is None:
+        return True
     # Broadcasting over M is provable only from the rank; a vector of length 1 is not a bias of N.
     full = value(bias).ndim == 1 and statically_known_true(
         value(bias).shape[0] == value(node).shape[-1]
     )
-    return bias, bool(plain and full)
+    return bool(full and node.kwargs.get("beta", 1) == 1)

@@ -7,7 +7,8 @@ Problem
 Before
     %quantize = fos.quantize(%x, %amax, ...)
 After (outline)
-    %quantize = fos_outlined.quantize(%x, %amax, ...)   # compiled once, shared by equal sites
+    %quantize = fos_outlined.quantize(%x, %amax, ...)   # compiled once, shared by equal sites;
+                                                        # fos_outlined_dynamic for symbolic sizes
 After (inline)
     the reference's ``aten`` nodes, which Inductor fuses with the producer of %x
 Why legal
@@ -55,10 +56,17 @@ def lower(graph: fx.Graph, config: PassConfig) -> PassReport:
                 _inline(graph, node, op, traced)
                 inlined += 1
             else:
-                node.target = outlined(op)
+                node.target = outlined(op, dynamic=_has_symbols(node))
                 outlined_ += 1
     notes = (f"{inlined} inlined", f"{outlined_} outlined")
     return PassReport(name="lower", changed=inlined + outlined_, notes=notes)
+
+
+def _has_symbols(node: fx.Node) -> bool:
+    """True if a size that ``node`` reads is symbolic: it will be called with others."""
+    fakes = [value(operand) for operand in node.all_input_nodes]
+    sizes = [each for fake in fakes if isinstance(fake, torch.Tensor) for each in fake.shape]
+    return any(isinstance(each, torch.SymInt) for each in (*fakes, *sizes))
 
 
 def _is_plain_amax(op: Op, node: fx.Node) -> bool:

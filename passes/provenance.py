@@ -37,8 +37,12 @@ class Origin(enum.Flag):
 
     NOTHING = 0
     PARAMETER = enum.auto()
+    """A parameter or a buffer: what belongs to the model, not to the batch."""
     INPUT = enum.auto()
     TANGENT = enum.auto()
+    """A gradient that enters the joint graph."""
+    GRADIENT = enum.auto()
+    """The ``.grad`` of a tensor, which an optimizer reads."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,20 +58,20 @@ class Value:
     casts: tuple[torch.dtype, ...]
 
 
-def mark_parameters(graph: fx.Graph, names: Mapping[int, str]) -> None:
-    """Record which placeholders are parameters, for :func:`origins`.
+def mark_inputs(graph: fx.Graph, inputs: Mapping[int, Origin]) -> None:
+    """Record which placeholders are parameters or gradients, for :func:`origins`.
 
-    ``names`` maps the index of a graph input of the traced module to the parameter's name.
+    ``inputs`` maps the index of a graph input of the traced module to what it is.
     AOTAutograd drops, reorders and adds inputs; ``meta["desc"]`` keeps their origin.
     """
     for node in graph.nodes:
         if node.op != "placeholder":
             continue
         description = node.meta.get("desc")
-        if type(description).__name__ == "ParamAOTInput":
-            node.meta["fos_parameter"] = description.target
-        elif type(description).__name__ == "PlainAOTInput" and description.idx in names:
-            node.meta["fos_parameter"] = names[description.idx]
+        if type(description).__name__ in ("ParamAOTInput", "BufferAOTInput"):
+            node.meta["fos_input"] = Origin.PARAMETER
+        elif type(description).__name__ == "PlainAOTInput" and description.idx in inputs:
+            node.meta["fos_input"] = inputs[description.idx]
 
 
 def is_tangent(node: fx.Node) -> bool:
@@ -80,33 +84,66 @@ def is_backward(node: fx.Node) -> bool:
     return node.meta.get("partitioner_tag") == "is_backward"
 
 
+def is_traced_backward(node: fx.Node) -> bool:
+    """True for a gradient that the user's own function takes (``torch.func.grad``), and for what
+    differentiates one."""
+    if node.meta.get("autograd_backward") and not is_backward(node):
+        return True
+    calls = node.meta.get("source_fn_stack") or node.meta.get("fwd_source_fn_stack") or []
+    return any(
+        getattr(function, "__name__", "") in ("grad", "_autograd_grad")
+        and function.__module__.startswith("torch.")
+        for _, function in calls
+    )
+
+
 def origins(graph: fx.Graph) -> dict[fx.Node, Origin]:
     """What each node's data depends on. Sizes are not data: a SymInt contributes nothing."""
     found: dict[fx.Node, Origin] = {}
     for node in graph.nodes:
-        if node.op == "placeholder":
-            if "fos_parameter" in node.meta:
-                found[node] = Origin.PARAMETER
-            elif is_tangent(node):
-                found[node] = Origin.TANGENT
-            else:
-                found[node] = (
-                    Origin.INPUT
-                    if isinstance(node.meta.get("val"), torch.Tensor)
-                    else Origin.NOTHING
-                )
-            continue
         origin = Origin.NOTHING
-        if not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, int)):
+        if node.op == "placeholder":
+            if "fos_input" in node.meta:
+                origin = node.meta["fos_input"]
+            elif is_tangent(node):
+                origin = Origin.TANGENT
+            elif isinstance(node.meta.get("val"), torch.Tensor):
+                origin = Origin.INPUT
+        elif _is_data(node):
             for operand in node.all_input_nodes:
                 origin |= found[operand]
         found[node] = origin
     return found
 
 
+def inputs_read(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Which tensors given to the graph each node's data depends on, a bit for each."""
+    found: dict[fx.Node, int] = {}
+    given = 0
+    for node in graph.nodes:
+        bits = 0
+        if is_given(node):
+            bits = 1 << given
+            given += 1
+        elif _is_data(node):
+            for operand in node.all_input_nodes:
+                bits |= found[operand]
+        found[node] = bits
+    return found
+
+
+def is_given(node: fx.Node) -> bool:
+    """True for a tensor that the graph gets and does not compute: an input or a constant."""
+    return node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _is_data(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, int))
+
+
 def kind_of(origin: Origin) -> Kind:
     """The operand kind that an origin makes."""
-    if Origin.TANGENT in origin:
+    if origin & (Origin.TANGENT | Origin.GRADIENT):
         return "gradient"
     return "weight" if origin == Origin.PARAMETER else "activation"
 

@@ -38,7 +38,7 @@ class OperandSpec:
     rounding: Rounding = "nearest"
     """Stochastic rounding keeps gradients unbiased and needs a seed every step."""
     block: Block = "1d"
-    """2d gives a tensor and its transpose the same scales (weights in training)."""
+    """2d gives a tensor and its transpose the same scales; weights only."""
     rht: bool = False
     """Random Hadamard transform along K; cancels only if both operands have it."""
 
@@ -95,6 +95,13 @@ class Recipe:
     wgrad_activation: OperandSpec | None = None
 
     def __post_init__(self) -> None:
+        for name in ("fprop_activation", "dgrad_gradient", "wgrad_gradient", "wgrad_activation"):
+            spec: OperandSpec | None = getattr(self, name)
+            if spec is not None and spec.block == "2d":
+                raise InvalidArgument(
+                    "recipe", f"{name} block", "1d", f"2d in recipe {self.name!r}",
+                    "2d is for fprop_weight and dgrad_weight, which read one tensor both ways",
+                )  # fmt: skip
         for role in get_args(Role):
             a, b = self.operands(role)
             if a is None or b is None:
@@ -152,7 +159,8 @@ class PassConfig:
     recipe: Recipe
     """What to do where no override matches."""
     overrides: tuple[tuple[str, Recipe], ...] = ()
-    """(glob on the module path, recipe); the first match wins."""
+    """(glob on the module path, recipe); the first match wins. As in ``skip``, a glob that matches
+    a module covers what is inside it."""
     skip: tuple[str, ...] = ("lm_head", "*router*", "gate", "shared_expert_gate")
     """Globs of modules left in high precision: output heads and MoE routers by default."""
     min_weight_dim: int = 64

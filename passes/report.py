@@ -65,7 +65,9 @@ class Report:
     shared: int = 0
     """Quantizations that another site's made unnecessary."""
     failure: str = ""
-    """Set when a pass failed and the graph was left untouched: pass, node and error."""
+    """Set when a pass failed: pass, node, error, and what runs instead."""
+    unused: tuple[str, ...] = ()
+    """Globs of ``skip`` and ``overrides`` that match no matmul of the graph."""
 
     @property
     def quantized(self) -> tuple[SiteReport, ...]:
@@ -128,22 +130,27 @@ class Report:
 
     def __str__(self) -> str:
         lines = [*align(self.rows()), self.summary()]
+        if self.sites and self.unused:
+            lines.append(f"note: no matmul matches {', '.join(map(repr, self.unused))}")
         if self.failure:
-            lines.append(f"graph left untouched: {self.failure}")
+            lines.append(f"failed: {self.failure}")
         return "\n".join(lines)
 
 
 def merge(reports: Sequence[Report]) -> Report:
-    """One report for a model that was traced as several graphs (graph breaks)."""
+    """One report for a model that was traced as several graphs (graph breaks, nested regions)."""
     if len(reports) == 1:
         return reports[0]
+    speaking = [r for r in reports if r.sites] or reports
+    unused = dict.fromkeys(p for r in speaking for p in r.unused)
     return Report(
-        recipe=", ".join(dict.fromkeys(r.recipe for r in reports)),
+        recipe=", ".join(dict.fromkeys(r.recipe for r in speaking)),
         sites=tuple(site for r in reports for site in r.sites),
         passes=tuple(each for r in reports for each in r.passes),
         quantizations=sum(r.quantizations for r in reports),
         shared=sum(r.shared for r in reports),
         failure="; ".join(r.failure for r in reports if r.failure),
+        unused=tuple(p for p in unused if all(p in r.unused for r in speaking)),
     )
 
 

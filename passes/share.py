@@ -27,10 +27,11 @@ from torch import fx
 
 from fos_compile.passes.errors import working_on
 from fos_compile.passes.graph_edit import argument, call
-from fos_compile.passes.insert import KEY, QuantizeKey
+from fos_compile.passes.insert import QuantizeKey
 from fos_compile.passes.provenance import Value
 from fos_compile.passes.recipe import PassConfig
 from fos_compile.passes.report import PassReport
+from fos_compile.passes.sites import KEY
 
 
 def share(graph: fx.Graph, config: PassConfig) -> PassReport:
@@ -115,10 +116,13 @@ def _side(node: fx.Node) -> str:
 
 
 def _write_pair(graph: fx.Graph, at: fx.Node, row: fx.Node, col: fx.Node) -> None:
-    """One ``quantize_pair`` where the earlier of the two nodes stands."""
-    # Both amax nodes follow the source directly; moving the later one up keeps the order valid.
+    """One ``quantize_pair`` at ``at``, the earlier of the two nodes."""
+    # Equal keys hold equal elements, but the other node may read a view that is made later.
+    source = argument(at, 0)
     late_amax = argument(col if at is row else row, 1)
-    if late_amax is not argument(at, 1):
+    if at < late_amax:
+        if late_amax.target is torch.ops.fos.amax.default:  # mxfp4 has a constant in its place
+            late_amax.args = (source, *late_amax.args[1:])
         at.prepend(late_amax)
     spec_row, spec_col = row.meta[KEY].spec, col.meta[KEY].spec
     seed = argument(row, 2) if argument(row, 2) is not None else argument(col, 2)
@@ -126,7 +130,7 @@ def _write_pair(graph: fx.Graph, at: fx.Node, row: fx.Node, col: fx.Node) -> Non
         pair = call(
             graph,
             torch.ops.fos.quantize_pair.default,
-            (argument(row, 0), argument(row, 1), argument(col, 1), seed),
+            (source, argument(row, 1), argument(col, 1), seed),
             {
                 "format": spec_row.format,
                 "scale_rule": spec_row.scale_rule,

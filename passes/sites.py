@@ -35,6 +35,9 @@ class MatmulSite:
     """None for a backward matmul that belongs to no forward matmul of the graph."""
     a: Operand
     b: Operand
+    functional: bool
+    """Whether an operand is a tensor given to the graph on which the other does not depend: a
+    weight passed as an argument, as far as a graph can tell."""
     batch: str
     m: str
     n: str
@@ -73,6 +76,11 @@ class Rejection:
 SITE = "fos_site"
 DECISION = "fos_decision"
 """Keys under which ``node.meta`` carries a site and its Plan or Rejection between passes."""
+KEY = "fos_key"
+"""What a quantize or amax node computes, from ``insert`` for ``share``."""
+FACTS = (SITE, DECISION, KEY)
+DONE = "fos_done"
+"""Marks the nodes of a graph that all passes have seen, or that one has failed on."""
 
 
 def sites_of(graph: fx.Graph) -> list[MatmulSite]:

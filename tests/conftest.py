@@ -12,6 +12,9 @@ import os
 import pytest
 import torch
 
+from fos_compile.kernels.cpu import build
+from fos_compile.kernels.op import Status
+
 # Read at Inductor's first import; one compile worker a test process is enough on two cores, and
 # a pool that outlives the test would distort the next one's timing.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -22,3 +25,9 @@ def _reproducible() -> None:
     """Start every test from the same generator state and an empty Dynamo cache."""
     torch.manual_seed(0)
     torch.compiler.reset()
+
+
+@pytest.fixture
+def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decompositions serve, as on a device without a kernel."""
+    monkeypatch.setattr(build, "library", lambda: Status("off for this test"))

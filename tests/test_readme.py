@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
@@ -25,7 +26,8 @@ def test_example_runs(number, tmp_path, monkeypatch):
     exec(compile(EXAMPLES[number], str(path), "exec"), namespace)
 
 
-def test_linked_files_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
-    missing = [link for link in links if "://" not in link and not (README.parent / link).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_files_exist(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing

@@ -72,7 +72,9 @@ def build_model(workload: Workload, *, device: torch.device, seed: int) -> Llama
     """
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
         raise RuntimeError(
             'demo: transformers must be installed; run pip install "fos-compile[demo]"'
         ) from error

@@ -122,7 +122,9 @@ def plot_losses(path: Path, runs: Mapping[str, Sequence[TrainingRun]], *, baseli
     """
     try:
         from matplotlib.figure import Figure
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
         raise RuntimeError(
             'demo: matplotlib must be installed; run pip install "fos-compile[demo]"'
         ) from error

@@ -6,13 +6,13 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 from fos_compile.kernels.op import Status
+from fos_compile.kernels.target import cache_dir, processor
 
 SOURCE = Path(__file__).with_name("quantize.cpp")
 # No fast-math, and no contraction: every operation rounds as docs/contract.md says.
@@ -22,30 +22,27 @@ FLAGS = (
 )  # fmt: skip
 # Tried in order: not every compiler knows the name of the machine.
 _EXTRAS = (("-march=native",), ())
+_OFF = ("0", "false", "no", "off")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | Status:
     """The loaded library, or why there is none. Builds in about two seconds, once."""
-    if os.environ.get("FOS_CPU_KERNEL") == "0":
-        return Status("cpu kernel switched off by FOS_CPU_KERNEL=0")
-    compiler = next(filter(None, map(shutil.which, _compilers())), None)
-    if compiler is None:
+    switch = os.environ.get("FOS_CPU_KERNEL", "")
+    if switch.lower() in _OFF:
+        return Status(f"cpu kernel switched off by FOS_CPU_KERNEL={switch}")
+    found = compiler()
+    if found is None:
         return Status("no C++ compiler (set CXX, or install g++ or clang++)")
-    path = _cache() / f"quantize-{_key(compiler)}.so"
-    if not path.exists():
-        problem = _build(compiler, path)
-        if problem:
-            return Status(f"{compiler} failed: {problem}")
     try:
-        built = ctypes.CDLL(str(path))
-    except OSError as error:
-        path.unlink(
-            missing_ok=True
-        )  # a truncated or foreign file: the next process builds it again
-        return Status(f"cannot load {path.name}: {error}")
-    built.fos_amax.restype = ctypes.c_float
-    return built
+        path = _cache() / f"quantize-{_key(found)}.so"
+        try:
+            return _load(path)
+        except (OSError, AttributeError):  # absent, truncated or foreign
+            problem = _build(found, path)
+            return Status(f"{found} failed: {problem}") if problem else _load(path)
+    except Exception as error:  # whatever is wrong with this machine, the reference serves
+        return Status(f"cpu kernel: {type(error).__name__}: {error}")
 
 
 def loaded() -> ctypes.CDLL:
@@ -61,51 +58,64 @@ def status() -> Status:
     return found if isinstance(found, Status) else Status()
 
 
-def _compilers() -> list[str]:
-    return [c for c in (os.environ.get("CXX"), "g++", "clang++", "c++") if c]
+def compiler() -> str | None:
+    """Path of the C++ compiler: that of ``CXX``, or the first of the usual ones."""
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return next(filter(None, map(shutil.which, filter(None, names))), None)
 
 
 def _cache() -> Path:
-    root = (
-        os.environ.get("FOS_CACHE_DIR")
-        or os.environ.get("XDG_CACHE_HOME")
-        or Path.home() / ".cache"
-    )
-    return Path(root) / "fos_compile" / "cpu"
+    return cache_dir("cpu")
 
 
 def _key(compiler: str) -> str:
-    """Source, flags, compiler and processor: a home directory may be shared between machines."""
-    try:
-        model = next((line for line in open("/proc/cpuinfo") if line.startswith("flags")), "")
-    except OSError:
-        model = platform.processor()
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=False
-    ).stdout
-    parts = (SOURCE.read_text(), *FLAGS, str(_EXTRAS), version, platform.machine(), model)
+    """Source, flags, compiler and processor."""
+    version = _run(compiler, "--version").stdout
+    parts = (SOURCE.read_text(), *FLAGS, str(_EXTRAS), version, processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """The library in ``path`` if it is what was built: a truncated one would kill the process."""
+    if _digest(path) != _digest_file(path).read_text():
+        raise OSError(f"{path} is not what was built")
+    built = ctypes.CDLL(str(path))
+    for name in ("fos_quantize", "fos_amax", "fos_unscaled"):
+        getattr(built, name)
+    built.fos_amax.restype = ctypes.c_float
+    return built
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
 def _build(compiler: str, path: Path) -> str:
-    """Compile to ``path`` by an atomic rename; returns the compiler's complaint, or nothing."""
+    """Compile to ``path`` by atomic renames; returns the compiler's complaint, or nothing."""
     complaint = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for extra in _EXTRAS:
-            handle, scratch = tempfile.mkstemp(suffix=".so", dir=path.parent)
-            os.close(handle)
-            command = [compiler, *FLAGS, *extra, "-o", scratch, str(SOURCE)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for extra in _EXTRAS:
+        handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
+        os.close(handle)
+        scratch = Path(name)
+        try:
+            done = _run(compiler, *FLAGS, *extra, "-o", name, str(SOURCE))
             if done.returncode == 0:
-                os.replace(scratch, path)
+                _digest_file(scratch).write_text(_digest(scratch))
+                _digest_file(scratch).replace(_digest_file(path))
+                scratch.replace(path)
                 return ""
-            os.unlink(scratch)
-            complaint = (
-                done.stderr.strip().splitlines()[-1]
-                if done.stderr.strip()
-                else f"exit {done.returncode}"
-            )
-    except OSError as error:
-        return str(error)
+        finally:
+            scratch.unlink(missing_ok=True)
+            _digest_file(scratch).unlink(missing_ok=True)
+        lines = done.stderr.strip().splitlines()
+        complaint = lines[-1] if lines else f"exit {done.returncode}"
     return complaint

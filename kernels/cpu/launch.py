@@ -16,6 +16,7 @@ from torch import Tensor
 from fos_compile.kernels import dequantize, formats, quantize, scaled_mm
 from fos_compile.kernels.amax import reference as amax_reference
 from fos_compile.kernels.cpu.build import loaded, status
+from fos_compile.kernels.errors import InvalidArgument
 from fos_compile.kernels.op import LIBRARY, without_autocast
 
 _DTYPE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -142,6 +143,11 @@ def cpu_unscaled(values: Tensor, scales: Tensor, format: str) -> Tensor:
     *lead, rows, half = values.shape
     out = torch.empty((*lead, rows, 2 * half), dtype=torch.float32)
     batch = lead[0] if lead else 1
+    # The kernel trusts its pointers.
+    length = batch * formats.scale_count(rows, 2 * half, format)
+    if scales.numel() != length or scales.dtype != torch.uint8 or values.dtype != torch.uint8:
+        actual = f"{scales.numel()} of {scales.dtype}"
+        raise InvalidArgument("cpu kernel", "scales", f"{length} bytes", actual)
     if out.numel():
         loaded().fos_unscaled(
             _pointer(values),
@@ -172,7 +178,7 @@ def cpu_dequantize(
         return dequantize.reference(
             values, scales, amax, rows, cols, format=format, qs=qs, dtype=dtype
         )
-    dequantize.check(values, scales, format, dtype)
+    dequantize.check(values, scales, rows, cols, format, dtype)
     return dequantize.rescaled(cpu_unscaled(values, scales, format), amax, cols, qs, dtype)
 
 
@@ -199,7 +205,7 @@ def cpu_scaled_mm(
             a, scales_a, amax_a, qs_a, b, scales_b, amax_b, qs_b, bias,
             format=format, m=m, n=n, k=k, out_dtype=out_dtype,
         )  # fmt: skip
-    scaled_mm.check(a, b, format)
+    scaled_mm.check(a, scales_a, b, scales_b, format, m, n, k)
     left, right = cpu_unscaled(a, scales_a, format), cpu_unscaled(b, scales_b, format)
     return scaled_mm.multiply(left, right, amax_a, qs_a, amax_b, qs_b, bias, out_dtype)
 

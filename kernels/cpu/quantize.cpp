@@ -18,6 +18,7 @@ namespace {
 
 constexpr float kAmaxMin = 0x1p-116f;  // below: Q * S / amax overflows, so the tensor quantizes to 0
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kMax = std::numeric_limits<float>::max();
 constexpr int kRowsPerTask = 32;  // two tiles; a whole cache line of a transposed bf16 input
 
 enum DType { kBFloat16, kFloat16, kFloat32 };
@@ -210,7 +211,7 @@ float expected_error(const float* y, float scale, const Options& o) {
 // y = |x| under one scale; zeros where the scale is 0.
 template <int N>
 void scaled(const float* ax, float scale, float encode, float* y) {
-  const float inverse = scale == 0.0f ? 0.0f : 1.0f / ((1.0f / encode) * scale);
+  const float inverse = scale == 0.0f ? 0.0f : std::min(1.0f / ((1.0f / encode) * scale), kMax);
   for (int i = 0; i < N; ++i) y[i] = ax[i] * inverse;
 }
 
@@ -315,7 +316,7 @@ void fos_quantize(const void* data, int dtype, int64_t batch, int64_t rows, int6
   const int64_t tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
   const int64_t length = (rows + 127) / 128 * 128 * (P / (format_mx ? 32 : 16));
   parallel(batch * tasks, threads, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(kRowsPerTask * P);
+    std::vector<float> buffer(std::min<int64_t>(kRowsPerTask, rows) * P);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / tasks, first = task % tasks * kRowsPerTask;
       const int64_t count = std::min<int64_t>(kRowsPerTask, rows - first);
@@ -340,7 +341,7 @@ float fos_amax(const void* data, int dtype, int64_t batch, int64_t rows, int64_t
   std::atomic<uint32_t> most{0};  // bits of a magnitude order as integers do
   std::atomic<bool> nan{false};
   parallel(batch * tasks, threads, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(kRowsPerTask * P);
+    std::vector<float> buffer(std::min<int64_t>(kRowsPerTask, rows) * P);
     float part = 0.0f;
     bool bad = false;
     for (int64_t task = begin; task < end; ++task) {

@@ -14,6 +14,7 @@ from fos_compile.kernels.reference.selection import expected_error, realized_err
 AMAX_MIN = 2.0**-116
 """Below it Q * S / amax would overflow: such a tensor quantizes to zeros."""
 
+_FLOAT_MAX = torch.finfo(torch.float32).max
 _REALIZED = ("nearest", "stochastic_realized")
 
 
@@ -110,7 +111,8 @@ def _nvfp4(v: Tensor, amax: Tensor, u: Tensor | None, spec: Spec) -> tuple[Tenso
 def _candidate(ax: Tensor, s: Tensor, encode: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 scale of an unrounded scale `s`, and the magnitudes scaled by it."""
     scale = blocks.materialize(formats.round_e4m3(s))
-    inverse = one / ((one / encode) * scale)
+    # For the smallest amax the divisor underflows, and zeros times infinity would be NaN.
+    inverse = (one / ((one / encode) * scale)).clamp(max=_FLOAT_MAX)
     return scale, ax * blocks.materialize(torch.where(scale == 0.0, 0.0, inverse))
 
 

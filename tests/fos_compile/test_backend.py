@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -149,19 +152,32 @@ def test_decode_after_prefill_takes_the_same_plan():
     assert roles(prefill) == roles(decode) == {"up:fprop": "fp4", "down:fprop": "fp4"}
 
 
+class Untied(nn.Module):
+    """TiedLM with a head of its own that holds the same values, and is skipped by its name."""
+
+    def __init__(self, tied: TiedLM) -> None:
+        super().__init__()
+        self.embedding, self.body = copy.deepcopy(tied.embedding), copy.deepcopy(tied.body)
+        self.lm_head = nn.Linear(64, 96, bias=False)
+        self.lm_head.weight = nn.Parameter(tied.embedding.weight.detach().clone())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm_head(self.body(self.embedding(tokens)))
+
+
 def test_tied_weights_get_one_gradient_from_both_uses():
-    model = bf16(TiedLM())
-    call, backend = compiled(model)
+    """The sum of those that two weights of the same values get."""
+    tied = bf16(TiedLM())
+    untied = Untied(tied)
     tokens = torch.randint(96, (2, 16))
-    want = gradients(model, model, tokens)
-    got = gradients(model, call, tokens)
-    assert (
-        roles(backend.report)["body:fprop"] == "fp4"
-        and roles(backend.report)[":fprop"] == "tied_head"
-    )
-    assert [g is None for g in got] == [g is None for g in want]
-    untouched = (model.embedding.weight.grad != 0).any(1)
-    assert untouched.all()  # rows that no token looked up get theirs from the head
+    call, backend = compiled(tied)
+    shared, body = gradients(tied, call, tokens)
+    assert roles(backend.report)["body:fprop"] == "fp4"
+    assert roles(backend.report)[":fprop"] == "tied_head"
+    call, _ = compiled(untied)
+    embedding, other_body, head = gradients(untied, call, tokens)
+    assert torch.equal(body, other_body) and torch.equal(shared, embedding + head)
+    assert embedding.any() and head.any()
 
 
 def test_frozen_parameters_stay_without_gradient():
@@ -255,22 +271,84 @@ def test_integer_products_are_left_alone():
     assert roles(backend.report) == {":fprop": "dtype"}
 
 
+@contextlib.contextmanager
+def our_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    ours: list[warnings.WarningMessage] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield ours
+    ours += [w for w in caught if type(w.message).__name__ == "FosCompileWarning"]
+
+
 @pytest.mark.parametrize(
     "function, reason",
     [
         (lambda x: x.relu(), "the graph has no matmul"),
         (lambda x: x @ x.mT, "batched product of two activations"),
+        (nn.ReLU(), "the graph has no matmul"),
     ],
 )
 def test_nothing_to_quantize_warns_once_with_the_reason(function, reason):
-    call, _ = compiled(function)
+    call, _ = compiled(function, dynamic=False)
     x = tokens_of()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            assert torch.equal(call(x), function(x))
-    ours = [str(w.message) for w in caught if type(w.message).__name__ == "FosCompileWarning"]
-    assert len(ours) == 1 and reason in ours[0] and "quantized nothing" in ours[0]
+    with our_warnings() as ours:
+        for each in (x, x, x[:1]):  # the last is compiled again, for the same reason
+            assert torch.equal(call(each), function(each))
+    assert len(ours) == 1 and ours[0].filename == __file__
+    assert reason in str(ours[0].message) and "quantized nothing" in str(ours[0].message)
+    torch.compiler.reset()
+    with our_warnings() as ours:
+        torch.compile(function, backend="fouroversix", options={"compiler": "eager"})(x)
+    assert len(ours) == 1
+
+
+def test_a_part_without_matmul_is_no_reason_to_warn():
+    """Graph breaks leave such parts: before, after and in functions that are called between."""
+    model = bf16(MLP())
+
+    def loss(y: Tensor) -> Tensor:
+        return y.float().square().mean()
+
+    def broken(x: Tensor) -> Tensor:
+        x = x * 2
+        torch._dynamo.graph_break()
+        y = model(x)
+        torch._dynamo.graph_break()
+        value = loss(y)
+        torch._dynamo.graph_break()
+        return value + 1
+
+    backend = Backend(parse_options({"compiler": "eager", "strict": True}))
+    with our_warnings() as ours:
+        torch.compile(broken, backend=backend)(tokens_of())
+    assert [len(report.sites) for report in backend.reports].count(0) >= 3
+    assert len(backend.report.quantized) == 5 and not ours
+
+    def rejected(x: Tensor) -> Tensor:
+        x = x.relu()
+        torch._dynamo.graph_break()
+        return x @ x.mT
+
+    with our_warnings() as ours:
+        torch.compile(rejected, backend=backend)(tokens_of())
+    assert len(ours) == 1 and "1x batched product" in str(ours[0].message)
+
+
+def test_a_backward_that_compiled_autograd_traces_is_left_alone():
+    """Its graph has no forward to tell gradients and module paths from."""
+    model = bf16(MLP())
+    backend = Backend(
+        parse_options({"compiler": "eager", "strict": True, "skip": ["down"]}), fragment=True
+    )
+
+    def step(x: Tensor) -> None:
+        model(x).float().square().mean().backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(step, backend=backend)(tokens_of())
+    forward, backward = (report for report in backend.reports if report.sites)
+    assert "skip" in roles(forward).values() and "fp4" in roles(forward).values()
+    assert set(roles(backward).values()) == {"traced_backward"}
 
 
 def test_generate_with_a_static_cache():

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import MLP, bf16, tokens_of
+from torch._dynamo.utils import counters
 
+from fos_compile import report_cache
 from fos_compile.backend import Backend
 from fos_compile.config import parse_options
-from fos_compile.kernels.cpu import build
-from fos_compile.kernels.op import REGISTRY, Status
+from fos_compile.kernels.op import REGISTRY
 from fos_compile.passes import insert, lower, pipeline
 from fos_compile.passes.report import PassReport
 
@@ -68,15 +71,23 @@ def our_warnings() -> Iterator[list[str]]:
     texts += [str(w.message) for w in caught if type(w.message).__name__ == "FosCompileWarning"]
 
 
-def outcome(model, **options: Any) -> tuple[list[torch.Tensor], Backend]:
+def outcome(model, *, train: bool = True, **options: Any) -> tuple[list[torch.Tensor], Backend]:
     torch.compiler.reset()
     torch.manual_seed(0)
     model.zero_grad()
     backend = Backend(parse_options(options))
-    x = tokens_of().requires_grad_()
-    y = torch.compile(model, backend=backend, fullgraph=True)(x)
+    x = tokens_of().requires_grad_(train)
+    with torch.set_grad_enabled(train):
+        y = torch.compile(model, backend=backend, fullgraph=True)(x)
+    if not train:
+        return [y], backend
     y.float().square().mean().backward()
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())], backend
+
+
+def cached_graphs(folder: Path) -> set[str]:
+    """Which of Inductor's caches hold something."""
+    return {name for name in ("fxgraph", "aotautograd") if list(folder.glob(f"{name}/**/*"))}
 
 
 @pytest.mark.parametrize("what", ["pass", "lint", "operator"])
@@ -88,7 +99,7 @@ def test_lenient_runs_the_untouched_graph(monkeypatch, what):
         got, backend = outcome(model, compiler="eager")
     assert all(map(torch.equal, got, want))
     assert len(texts) == 1 and all(name in texts[0] for name in names), texts
-    assert "untouched graph" in texts[0]
+    assert "untouched graph" in texts[0] and "\n" not in texts[0]
     assert all(name in backend.report.failure for name in names)
     assert not backend.report.quantized and "left untouched" in str(backend.report)
 
@@ -113,40 +124,75 @@ def test_lenient_runs_the_untouched_graph_through_inductor(monkeypatch):
 
 
 @pytest.fixture
-def no_kernel(monkeypatch):
-    monkeypatch.setattr(build, "library", lambda: Status("off for this test"))
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters.clear()
+    return tmp_path
+
+
+def test_an_untouched_graph_is_not_cached(cache):
+    """The next process, where nothing fails, would get it without a word."""
+    model = bf16(MLP())
+    with pytest.MonkeyPatch.context() as patch, our_warnings():
+        install(patch, "pass")
+        untouched, _ = outcome(model, recipe="nvfp4")
+    assert not cached_graphs(cache) and not list(cache.glob("fos_compile/**/*.json"))
+    for compiled_before in (False, True):
+        got, backend = outcome(model, recipe="nvfp4")
+        assert not torch.equal(got[0], untouched[0])
+        assert len(backend.report.quantized) == 6 and not backend.report.failure
+        assert counters["aot_autograd"]["autograd_cache_hit"] == compiled_before
+        assert cached_graphs(cache) == {"fxgraph", "aotautograd"}
+
+
+def test_a_saved_failure_is_told_again(cache):
+    with torch.no_grad(), our_warnings() as texts:
+        first = Backend(parse_options({}))
+        torch.compile(bf16(MLP()), backend=first)(tokens_of())
+        (path,) = cache.glob("fos_compile/reports/*.json")
+        report_cache.save(path.stem, dataclasses.replace(first.report, failure="lost"))
+        assert report_cache.load(path.stem) == first.report  # failures are not saved
+        path.write_text(path.read_text().replace('"failure": ""', '"failure": "broken then"'))
+        torch.compiler.reset()
+        torch.compile(bf16(MLP()), backend=Backend(parse_options({})))(tokens_of())
+    assert len(texts) == 1 and "broken then" in texts[0]
 
 
 def failing_reference(op: Any, *args: Any) -> Any:
     raise ValueError(f"{op.name} broken on purpose")
 
 
-def test_a_failing_decomposition_keeps_the_operator(monkeypatch, no_kernel):
-    """Lowering happens behind the partitioner: what is left is the eager reference, same bits."""
+@pytest.mark.parametrize("train", [False, True])
+def test_a_failing_decomposition_keeps_the_operator(monkeypatch, no_kernel, cache, train):
+    """Lowering happens behind the partitioner: what is left is the eager reference, same bits.
+
+    A later process may lower what this one could not, so nothing is cached.
+    """
     model = bf16(MLP(64, 64))
-    options = {"recipe": "inference", "inductor": {"fx_graph_cache": False}}
-    call_options = {"compiler": "eager", "recipe": "inference"}
-    with torch.no_grad():
-        torch.compiler.reset()
-        want = torch.compile(model, backend="fouroversix", options=call_options)(tokens_of())
-        monkeypatch.setattr(lower, "_trace", failing_reference)
-        torch.compiler.reset()
-        with our_warnings() as texts:
-            lenient = Backend(parse_options({**options, "lowering": "inline"}))
-            got = torch.compile(model, backend=lenient)(tokens_of())
-        assert torch.equal(got, want)
-        assert len(texts) == 1 and "pass 'lower' at node" in texts[0]
-        assert "broken on purpose" in texts[0]
-        strict = Backend(parse_options({**options, "lowering": "inline", "strict": True}))
-        torch.compiler.reset()
-        with pytest.raises(Exception, match=r"PassError.*pass 'lower' at node 'amax"):
-            torch.compile(model, backend=strict)(tokens_of())
-
-
-def test_a_failing_fake_is_named(monkeypatch):
-    """The registered fake, through the dispatcher, not only the pass's own helper."""
-    assert REGISTRY["quantize"].fake is not broken_fake
-    monkeypatch.setattr("fos_compile.kernels.quantize._spec", broken_fake)
+    options = {"recipe": "nvfp4", "lowering": "inline", "train": train}
+    want, _ = outcome(model, **options, compiler="eager")
+    monkeypatch.setattr(lower, "_trace", failing_reference)
     with our_warnings() as texts:
-        outcome(bf16(MLP()), compiler="eager")
-    assert len(texts) == 1 and "pass 'insert' at node 'mm" in texts[0]
+        got, backend = outcome(model, **options)
+    assert all(map(torch.equal, got, want))
+    assert len(texts) == 1 + train and all("pass 'lower' at node" in each for each in texts)
+    assert backend.report.failure.count("broken on purpose") == 1 + train
+    assert len(backend.report.quantized) == (6 if train else 2)
+    assert not cached_graphs(cache)
+    with pytest.raises(Exception, match=r"PassError.*pass 'lower' at node 'amax"):
+        outcome(model, **options, strict=True)
+
+
+@pytest.mark.parametrize("op", ["amax", "quantize", "scaled_mm"])
+def test_a_failing_fake_is_named(monkeypatch, op):
+    """The metadata rule of an operator that is inserted: the model runs as it is."""
+    model = bf16(MLP())
+    want, _ = outcome(model, recipe="bf16", compiler="eager")
+    broken = dataclasses.replace(REGISTRY[op], fake=broken_fake)
+    monkeypatch.setitem(REGISTRY, op, broken)
+    with our_warnings() as texts:
+        got, backend = outcome(model, compiler="eager")
+    assert all(map(torch.equal, got, want))
+    (text,) = texts
+    assert "pass 'insert' at node 'mm " in text and "broken on purpose" in text
+    assert text.split(";")[0] in backend.report.failure

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from models import MLP, SwiGLU, bf16, needs_exact_inductor, tokens_of
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fos_compile.backend import Backend
 from fos_compile.config import parse_options
 from fos_compile.kernels.cpu import build
-from fos_compile.kernels.op import Status
+
+
+def compiled(model: nn.Module, *, dynamic: bool, **options: Any) -> tuple[Any, Backend]:
+    torch.compiler.reset()
+    backend = Backend(parse_options({"strict": True, **options}))
+    return torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic), backend
 
 
 def run(
@@ -30,12 +37,6 @@ def run(
     out = call(x)
     out.backward(torch.ones_like(out) / 8)
     return [out.detach(), *(p.grad.clone() for p in model.parameters())], backend
-
-
-@pytest.fixture
-def no_kernel(monkeypatch):
-    """Decompositions serve, as on a device without a kernel."""
-    monkeypatch.setattr(build, "library", lambda: Status("off for this test"))
 
 
 def linear() -> nn.Module:
@@ -109,13 +110,13 @@ def test_inlined_quantizer_has_the_same_bits(no_kernel):
     assert torch.equal(*want, *got)
 
 
-def test_the_kernel_and_the_reference_have_the_same_bits(monkeypatch):
+def test_the_kernel_and_the_reference_have_the_same_bits(request):
     if not build.status():
         pytest.skip(str(build.status()))
     model, x = bf16(MLP()), tokens_of()
     kernel, backend = run(model, x, train=True, compiler="eager")
     assert all("(kernel)" in s.implementation for s in backend.report.quantized)
-    monkeypatch.setattr(build, "library", lambda: Status("off for this test"))
+    request.getfixturevalue("no_kernel")
     reference, backend = run(model, x, train=True, compiler="eager")
     assert all("(decomposition)" in s.implementation for s in backend.report.quantized)
     assert all(map(torch.equal, kernel, reference))
@@ -180,23 +181,89 @@ def test_passes_of_the_user_keep_running(place):
     assert post.seen and post.seen[0] > 0  # before our lowering
 
 
+@needs_exact_inductor
 def test_dynamic_sizes_compile_once_through_inductor():
-    model = linear()
-    torch.compiler.reset()
-    backend = Backend(parse_options({"strict": True}))
-    call = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    model = bf16(MLP())
+    static, _ = compiled(model, dynamic=False, compiler="eager")
+    call, backend = compiled(model, dynamic=True)
     with torch.no_grad():
         for batch, length in ((2, 16), (3, 5), (4, 33)):
             x = tokens_of(batch=batch, length=length)
-            out = call(x)
-            assert out.shape == x.shape and out.isfinite().all()
+            assert torch.equal(call(x), static(x)), (batch, length)
+    assert len(backend.reports) == 1 and len(backend.report.quantized) == 2
+
+
+def test_a_dynamic_graph_compiles_its_quantizers_once(no_kernel):
+    """Outlined: at the first length; more lengths, and more layers, compile nothing."""
+    model = bf16(MLP(64, 64))
+    call, backend = compiled(model, dynamic=True, scale_rule="static_6", recipe="inference")
+    counts = []
+    with torch.no_grad():
+        for length in (17, 18, 24, 40):
+            before = counters["stats"]["unique_graphs"]
+            assert call(tokens_of(length=length)).isfinite().all()
+            counts.append(counters["stats"]["unique_graphs"] - before)
+    assert counts[0] > 0 and counts[1:] == [0, 0, 0], counts
     assert len(backend.reports) == 1
 
 
+@needs_exact_inductor
 def test_autocast_trains_through_inductor():
-    model = linear().float()
+    model = bf16(nn.Sequential(nn.Linear(64, 64))).float()
     x = tokens_of().float()
     with torch.autocast("cpu", torch.bfloat16):
-        grads, backend = run(model, x, train=True)
+        want, _ = run(model, x, train=True, compiler="eager")
+        got, backend = run(model, x, train=True)
     assert len(backend.report.quantized) == 2
-    assert all(g.isfinite().all() for g in grads) and grads[1].dtype == torch.float32
+    assert all(map(torch.equal, want, got))
+    assert [g.dtype for g in got] == [torch.bfloat16, torch.float32, torch.float32]
+    assert all(g.any() for g in got)
+
+
+class Regions(nn.Module):
+    """Two uses of a region with its own graph, and a layer outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(64, 128, bias=False), nn.Linear(128, 64, bias=False)
+
+    @torch.compiler.nested_compile_region
+    def region(self, x: Tensor) -> Tensor:
+        return self.inner(x).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.region(x) + self.region(x * 2))
+
+
+class Branches(nn.Module):
+    """Two branches of which data decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = lambda x: self.inner(x)  # noqa: E731
+        return torch.cond(x.sum() > 0, run, lambda x: run(x) * 2, (x,))
+
+
+@needs_exact_inductor
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("model", [Regions, Branches])
+def test_nested_graphs_are_rewritten_and_reported_once(model, train):
+    """Inductor shows them to the passes several times; strict fails on the slightest trouble."""
+    model, x = bf16(model()), tokens_of().requires_grad_(train)
+    plain, _ = run(model, x, train=train, compiler="eager", recipe="bf16")
+    want, eager = run(model, x, train=train, compiler="eager")
+    got, backend = run(model, x, train=train)
+    assert torch.equal(want[0], got[0]) and not torch.equal(got[0], plain[0])
+    sites = [
+        [(s.path, s.role, s.shape, s.reason) for s in b.report.sites] for b in (eager, backend)
+    ]
+    assert sorted(sites[0]) == sorted(sites[1])
+    assert eager.report.quantizations == backend.report.quantizations
+    assert {s.path for s in backend.report.quantized} == {n for n, _ in model.named_children()}
+    if isinstance(model, Regions):
+        # The region's graph once, however often it runs.
+        roles = Counter(s.role for s in backend.report.quantized)
+        assert roles == ({"fprop": 2, "dgrad": 2, "wgrad": 2} if train else {"fprop": 2})

@@ -22,6 +22,7 @@ from fos_compile.config import BackendConfig, parse_options
 from fos_compile.kernels.cpu import build
 from fos_compile.kernels.op import Status
 from fos_compile.passes.recipe import OperandSpec, Recipe
+from fos_compile.passes.report import Report
 
 SCRIPT = """
 import json, sys
@@ -115,15 +116,29 @@ def test_a_lost_report_is_made_again(cache):
 
 
 def test_a_report_survives_the_disk(cache):
-    _, backend = infer(bf16(MLP(64, 64)), compiler="eager")
+    _, backend = infer(bf16(MLP(64, 64)), compiler="eager", skip=["nothing"])
+    assert not (cache / "fos_compile").exists()  # without Inductor there is no hit to come
+    assert backend.report.unused
     report_cache.save("key", backend.report)
     assert report_cache.load("key") == backend.report
     assert report_cache.load("another") is None
 
 
+def test_a_report_that_cannot_be_written_leaves_no_file(cache, monkeypatch):
+    def full(*args: Any) -> None:
+        raise OSError("no space left")
+
+    for module, name in ((json, "dump"), (os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            report_cache.save("key", Report(recipe="r"))
+        assert report_cache.load("key") is None
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
 def test_a_folder_that_cannot_be_written_loses_only_the_report(cache):
     (cache / "fos_compile").write_text("a file where the folder should be")
-    _, backend = infer(bf16(MLP(64, 64)), compiler="eager")
+    _, backend = infer(bf16(MLP(64, 64)))
     assert len(backend.report.quantized) == 2
 
 
@@ -131,8 +146,9 @@ BASE = OperandSpec(scale_rule="static_6")
 
 
 def recipe(**changes: Any) -> Recipe:
-    spec = dataclasses.replace(BASE, **changes)
-    return Recipe(name="same", fprop_activation=spec, fprop_weight=spec)
+    weight = dataclasses.replace(BASE, **changes)
+    activation = dataclasses.replace(weight, block="1d")
+    return Recipe(name="same", fprop_activation=activation, fprop_weight=weight)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -231,6 +247,22 @@ def test_parameters_and_activations_do_not_share_a_graph(cache):
         with torch.no_grad():
             outs.append(torch.compile(torch.bmm, backend=backend)(x, weight))
     assert torch.equal(outs[0], torch.bmm(x, w)) and not torch.equal(outs[0], outs[1])
+
+
+def test_a_buffer_keeps_its_part_when_a_lost_report_is_made_again(cache):
+    """What Dynamo knows about inputs is not in the graph that is copied for it."""
+    model = nn.Module()
+    model.register_buffer("w", torch.randn(2, 64, 64).bfloat16())
+    rows = []
+    for _ in range(2):
+        torch.compiler.reset()
+        backend = Backend(parse_options({"strict": True}), fragment=True)
+        with torch.no_grad():
+            torch.compile(lambda x: torch.bmm(x, model.w), backend=backend)(tokens_of())
+        rows.append(backend.report.rows())
+        for path in (cache / "fos_compile" / "reports").glob("*.json"):
+            path.unlink()
+    assert hits() == 1 and rows[0] == rows[1] and len(backend.report.quantized) == 1
 
 
 def test_a_kernel_that_appears_changes_the_key(monkeypatch):

@@ -69,7 +69,8 @@ def test_every_field_of_a_spec_changes_the_cache_key(field, where):
     changed = dataclasses.replace(base, **{field: SPEC_CHANGES[field]})
 
     def key(spec: OperandSpec) -> str:
-        recipe = Recipe(name="r", fprop_activation=spec, fprop_weight=spec)
+        activation = dataclasses.replace(spec, block="1d")
+        recipe = Recipe(name="r", fprop_activation=activation, fprop_weight=spec)
         return uuid({where: recipe if where == "recipe" else {"up": recipe}})
 
     assert key(changed) != key(base)
@@ -128,6 +129,14 @@ def test_module_paths_and_parameters_change_the_cache_key():
         ({"exact": None}, ["of type bool"]),
         ({"overrides": ["up"]}, ["a dict"]),
         ({"inductor": "fast"}, ["a dict"]),
+        ({"inductor": {"bogus": 1}}, ["torch._inductor.config", "'bogus'"]),
+        ({"inductor": {3: 4}}, ["a dict with text as keys"]),
+        ({3: 4}, ["min_weight_dim"]),
+        ({"overrides": (("a", 1, 2),)}, ["a dict"]),
+        ({"overrides": {3: "bf16"}}, ["a dict with text as keys"]),
+        ({"skip": {"a": 1}}, ["a list of module-path globs"]),
+        ({"min_weight_dim": -5}, ["0 or more"]),
+        ("abc", ["options must be a dict"]),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
@@ -158,6 +167,14 @@ def test_a_spec_refuses_unknown_values(field, value):
         OperandSpec(**{field: value})
 
 
+@pytest.mark.parametrize(
+    "field", ["fprop_activation", "dgrad_gradient", "wgrad_gradient", "wgrad_activation"]
+)
+def test_tiles_are_for_weights(field):
+    with pytest.raises(InvalidArgument, match=rf"{field} block must be 1d, got 2d in recipe 'r'"):
+        Recipe(name="r", **{field: OperandSpec(block="2d")})
+
+
 def test_mxfp4_has_static_rules_only():
     with pytest.raises(InvalidArgument, match="scale_rule static_6"):
         OperandSpec(format="mxfp4")
@@ -181,7 +198,7 @@ def test_environment_names_the_default_recipe(monkeypatch):
     assert parse_options({}).recipe == RECIPES["weight_only"]
     assert parse_options({"recipe": "nvfp4"}).recipe == RECIPES["nvfp4"]
     monkeypatch.setenv("FOS_RECIPE", "fp3")
-    with pytest.raises(InvalidArgument, match="fp3"):
+    with pytest.raises(InvalidArgument, match=r"FOS_RECIPE must be one of inference.*got 'fp3'"):
         parse_options({})
 
 

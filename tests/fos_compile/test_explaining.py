@@ -8,6 +8,8 @@ from models import MLP, Attention, bf16, tokens_of
 from torch import Tensor, nn
 
 import fos_compile
+from fos_compile.backend import Backend
+from fos_compile.config import parse_options
 from fos_compile.explaining import explain
 from fos_compile.kernels.errors import InvalidArgument
 
@@ -63,16 +65,16 @@ def test_a_compiled_model_is_explained_as_its_original():
     assert explain(compiled, tokens_of()).rows() == want.rows()
 
 
-def test_graph_breaks_are_merged_into_one_report():
-    model = bf16(MLP())
-
-    def broken(x: Tensor) -> Tensor:
-        x = model.up(x)
+class Broken(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
         torch._dynamo.graph_break()
-        return model.down(x)
+        return self.down(x)
 
+
+def test_graph_breaks_are_merged_into_one_report():
     with torch.no_grad():
-        report = explain(broken, tokens_of())
+        report = explain(bf16(Broken()).forward, tokens_of())
     assert [s.shape for s in report.quantized] == ["32 x 128 x 64", "32 x 64 x 128"]
     assert report.fp4_flops == report.flops == 2 * FLOPS
 
@@ -98,6 +100,17 @@ def test_explaining_leaves_the_model_as_it_was():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("make", [MLP, Broken])
+def test_explaining_often_neither_forgets_nor_uses_up_the_compilations_of_the_model(make):
+    """Dynamo compiles a code object 8 times, and then runs it as it is without a word."""
+    model, x = bf16(make()), tokens_of()
+    assert [len(explain(model, x).sites) for _ in range(10)] == [5] * 10
+    if make is MLP:  # what follows a graph break is traced on the model's own code
+        backend = Backend(parse_options({"compiler": "eager"}))
+        torch.compile(model, backend=backend)(x)
+        assert len(backend.report.sites) == 5
 
 
 def test_keyword_arguments_of_the_model_are_passed_on():

@@ -150,10 +150,22 @@ class TestSeed:
         with pytest.raises(FosError, match="seed"):
             fos_compile.quantize(torch.randn(4, 64), seed=1)
 
-    @pytest.mark.parametrize("seed", [1.5, torch.tensor([1.5]), torch.tensor([1, 2])])
-    def test_must_be_one_integer(self, seed):
-        with pytest.raises(FosError, match="seed"):
+    @pytest.mark.parametrize("seed", [np.int64(9), np.uint8(9), torch.tensor(9)])
+    def test_any_integer_serves(self, seed):
+        assert torch.equal(self._values(seed=seed), self._values(seed=9))
+
+    @pytest.mark.parametrize(
+        "seed",
+        [1.5, True, "a", torch.tensor([1.5]), torch.tensor([1, 2]), 2**63, -(2**63) - 1, 10**30],
+        ids=str,
+    )
+    def test_must_be_one_integer_of_64_bits(self, seed):
+        with pytest.raises(FosError, match="seed must be"):
             fos_compile.quantize(torch.randn(4, 64), rounding="stochastic", seed=seed)
+
+    def test_extremes_are_integers_of_64_bits(self):
+        for seed in (-(2**63), 2**63 - 1):
+            assert torch.equal(self._values(seed=seed), self._values(seed=torch.tensor([seed])))
 
 
 BAD = [
@@ -166,6 +178,15 @@ BAD = [
     ({"block": "3d"}, "block.*1d, 2d.*3d"),
     ({"format": "mxfp4"}, "static_6.*static_4.*mse"),
     ({"format": "mxfp4", "scale_rule": "static_6", "block": "2d"}, "block"),
+    ({"rht": 1}, "rht must be True or False, got 1"),
+    ({"transpose": None}, "transpose must be True or False, got None"),
+    ({"amax": -1.0}, "amax must be a number from 0 .*got -1.0"),
+    ({"amax": 1e39}, "amax must be a number"),
+    ({"amax": 10**400}, "amax must be a number"),
+    ({"amax": "2"}, "amax must be a number.*got '2'"),
+    ({"amax": 1j}, "amax must be a number"),
+    ({"amax": torch.tensor(1j)}, "amax must be one real number, got torch.complex64"),
+    ({"amax": torch.ones(2)}, r"amax must be one real number, got torch.float32 \[2\]"),
 ]
 
 
@@ -274,6 +295,68 @@ def test_matmul_refuses_operands_that_do_not_fit():
         fos_compile.matmul(x, rotated)
     with pytest.raises(FosError, match="b must be a matrix"):
         fos_compile.matmul(x, torch.randn(2, 33, 70))
+
+
+@pytest.mark.parametrize(
+    "bias, message",
+    [
+        (torch.randn(34), r"bias must be \[33\].*got \[34\]"),
+        (torch.randn(1), r"bias must be \[33\].*got \[1\]"),
+        (torch.randn(17, 33), r"bias must be \[33\].*got \[17, 33\]"),
+        (torch.arange(33), "bias must be a floating-point tensor, got torch.int64"),
+        (torch.ones(33) + 1j, "bias must be a floating-point tensor, got torch.complex64"),
+        (1.0, "bias must be a floating-point tensor, got float"),
+        (torch.randn(33, device="meta"), "bias must be on cpu, got meta"),
+    ],
+)
+def test_matmul_refuses_a_bias_that_does_not_fit(bias, message):
+    with pytest.raises(FosError, match=message):
+        fos_compile.matmul(torch.randn(17, 70), torch.randn(33, 70), bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn, "bf16", float])
+def test_other_output_dtypes_are_refused(dtype):
+    x = torch.randn(17, 64)
+    with pytest.raises(FosError, match=r"matmul: out_dtype must be bfloat16.*got"):
+        fos_compile.matmul(x, x, out_dtype=dtype)
+    with pytest.raises(FosError, match=r"dequantize: dtype must be bfloat16.*got"):
+        fos_compile.quantize(x).dequantize(dtype)
+
+
+def test_what_is_no_tensor_is_named():
+    x = torch.randn(17, 70)
+    with pytest.raises(FosError, match="matmul: b must be a tensor or a QuantizedTensor, got None"):
+        fos_compile.matmul(x, None)
+    with pytest.raises(FosError, match="matmul: a must be a tensor or a QuantizedTensor, got list"):
+        fos_compile.matmul([1.0], fos_compile.quantize(x))
+    with pytest.raises(FosError, match="dequantize: q must be a QuantizedTensor, got Tensor"):
+        fos_compile.dequantize(x)
+    with pytest.raises(FosError, match="a and b must be on one device, got cpu and meta"):
+        fos_compile.matmul(x, x.to("meta"))
+
+
+@pytest.mark.parametrize("compile", [lambda f: f, torch.compile(backend="aot_eager")])
+def test_nothing_has_a_gradient(compile):
+    x, bias = torch.randn(17, 70, requires_grad=True), torch.randn(17, requires_grad=True)
+    for function in (
+        lambda: fos_compile.matmul(x, x, bias),
+        lambda: fos_compile.quantize(x).dequantize(),
+    ):
+        assert not compile(function)().requires_grad
+
+
+def test_quantized_tensors_compare_by_identity():
+    x = torch.randn(17, 70)
+    q, same = fos_compile.quantize(x), fos_compile.quantize(x)
+    assert q == q and q != same and q in [same, q] and len({q, same}) == 2
+
+
+def test_to_another_device():
+    q = fos_compile.quantize(torch.randn(17, 70), rht=True)
+    assert q.device == torch.device("cpu")
+    moved = q.to("meta")
+    assert moved.device.type == moved.scales.device.type == moved.amax.device.type == "meta"
+    assert moved.rht and moved.shape == q.shape and torch.equal(q.to("cpu").values, q.values)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

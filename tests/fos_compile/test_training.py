@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import fos_compile
 from fos_compile.kernels.errors import InvalidArgument
-from fos_compile.training import NothingQuantized, TrainStep
+from fos_compile.training import NothingQuantized, TooManyVariants, TrainStep
 
 EAGER: dict[str, Any] = {"compiler": "eager", "strict": True}
 
@@ -100,12 +101,36 @@ def test_resumed_run_takes_the_same_trajectory():
     assert step.steps == 5
 
 
-def test_load_state_dict_refuses_other_dicts_and_changes_nothing():
+RNG = torch.Generator().manual_seed(5).get_state()
+SAVED = {"steps": 7, "rng_cpu": RNG, "rng_cuda": []}
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"steps": 3}, "rng_cpu"),
+        (None, "state must be a dict"),
+        ({**SAVED, "steps": "x"}, r"state\['steps'\] must be a number of steps, got 'x'"),
+        ({**SAVED, "steps": -1}, "steps"),
+        ({**SAVED, "rng_cpu": None}, r"state\['rng_cpu'\].*got NoneType"),
+        ({**SAVED, "rng_cpu": RNG[:10]}, "rng_cpu"),
+        ({**SAVED, "rng_cpu": RNG.to("meta")}, "rng_cpu"),
+        ({**SAVED, "rng_cuda": None}, "rng_cuda"),
+    ],
+    ids=str,
+)
+def test_load_state_dict_refuses_other_states_and_changes_nothing(state, named):
     step = step_of()
     before = torch.get_rng_state()
-    with pytest.raises(InvalidArgument, match="rng_cpu"):
-        step.load_state_dict({"steps": 3})
+    with pytest.raises(InvalidArgument, match=named):
+        step.load_state_dict(state)
     assert step.steps == 0 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_load_state_dict_takes_a_state_that_a_map_location_cast():
+    step = step_of()
+    step.load_state_dict({**SAVED, "rng_cpu": RNG.int()})
+    assert step.steps == 7 and torch.equal(torch.get_rng_state(), RNG)
 
 
 def test_training_with_an_optimizer_in_the_step_learns():
@@ -125,7 +150,7 @@ def test_high_precision_steps_take_turns_without_recompiling():
     torch.manual_seed(1)
     is_plain = [torch.equal(gradient(model, step), plain) for _ in range(6)]
     assert is_plain == [True, False, False, False, True, True]
-    quantized, high = step._backend.reports, step._plain_backend.reports
+    quantized, high = step._quantized.backend.reports, step._plain.backend.reports
     assert [r.recipe for r in quantized if r.sites] == ["nvfp4"]
     assert [r.recipe for r in high if r.sites] == ["bf16"]
     assert step.report.recipe == "nvfp4" and len(step.report.quantized) == 5
@@ -147,6 +172,14 @@ def test_a_schedule_may_be_all_high_precision():
         ({"high_precision_steps": (3, 3), "total_steps": 5}, "at most total_steps=5"),
         ({"high_precision_steps": (-1, 1), "total_steps": 5}, "two step counts"),
         ({"high_precision_steps": (1,), "total_steps": 5}, "two step counts"),
+        ({"high_precision_steps": 5, "total_steps": 10}, "two step counts.*got 5"),
+        ({"high_precision_steps": "ab", "total_steps": 10}, "two step counts.*got 'ab'"),
+        ({"high_precision_steps": (0.1, 0.2), "total_steps": 10}, "two step counts"),
+        ({"high_precision_steps": (1, 1), "total_steps": "10"}, "total_steps.*got '10'"),
+        ({"total_steps": -3}, "total_steps must be a number of steps, got -3"),
+        ({"skip": "lm_head"}, "skip must be a list of module-path globs, got 'lm_head'"),
+        ({"skip": None}, "skip must be a list.*got None"),
+        ({"fn": "training"}, r"fn must be a function, got 'training'; .*train_step\(recipe="),
         ({"recipe": "fp3"}, "inference, training, nvfp4"),
         ({"reciep": "training"}, "min_weight_dim"),
     ],
@@ -156,8 +189,19 @@ def test_bad_arguments_are_refused_when_decorating(options, message):
         fos_compile.train_step(**options)
 
 
-def test_skip_leaves_modules_alone():
-    step = step_of(skip=["down"])
+def test_environment_names_the_default_recipe(monkeypatch):
+    monkeypatch.setenv("FOS_RECIPE", "nvfp4")
+    assert [step_of(**named)._quantized.recipe.name for named in ({}, {"recipe": "bf16"})] == [
+        "nvfp4",
+        "bf16",
+    ]
+    monkeypatch.delenv("FOS_RECIPE")
+    assert step_of()._quantized.recipe.name == "training"
+
+
+@pytest.mark.parametrize("skip", [["down"], (glob for glob in ["down"])], ids=["list", "iterator"])
+def test_skip_leaves_modules_alone(skip):
+    step = step_of(skip=skip)
     gradient(bf16(MLP()), step)
     assert {s.path for s in step.report.quantized} == {"up"}
     assert {s.reason_code for s in step.report.rejected} == {"skip"}
@@ -171,10 +215,26 @@ def test_nothing_quantized_says_why():
         gradient(bf16(MLP()), step)
 
 
-def test_nothing_quantized_without_any_matmul():
-    step = step_of(lambda x: x.relu().sum())
-    with pytest.raises(NothingQuantized, match="no matmul"):
-        step(tokens_of())
+def in_a_loop(model: nn.Module, x: Tensor) -> None:
+    for part in x.chunk(2):
+        model(part).float().square().mean().backward()
+
+
+def in_a_try(model: nn.Module, x: Tensor) -> None:
+    try:
+        model(x).float().square().mean().backward()
+    finally:
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("function", [in_a_loop, in_a_try, lambda model, x: x.sum()])
+def test_nothing_captured_says_what_torch_compile_skips(function):
+    """torch.nn's own frames are skipped too, so that nothing of a Sequential is captured there."""
+    step = step_of(function, recipe="nvfp4")
+    with pytest.raises(
+        NothingQuantized, match=r"recipe 'nvfp4'.*captured none.*loop or a try.*function of its own"
+    ):
+        step(nn.Sequential(bf16(MLP()).up), tokens_of())
 
 
 def test_bf16_is_a_baseline_and_no_error():
@@ -203,7 +263,7 @@ class Trainer:
         self.model = bf16(MLP())
         self.calls = 0
 
-    @fos_compile.train_step(**EAGER)
+    @fos_compile.train_step(**EAGER, high_precision_steps=(1, 0), total_steps=3)
     def step(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
         self.calls += 1
         loss = self.model(x).float().square().mean() * scale
@@ -216,7 +276,93 @@ def test_decorates_a_method():
     loss = trainer.step(tokens_of(), scale=2.0)
     assert loss.item() > 0 and trainer.calls == 1
     assert trainer.model.up.weight.grad is not None
-    assert len(Trainer.step.report.quantized) == 5 and Trainer.step.steps == 1
+    trainer.step(tokens_of())
+    assert len(trainer.step.report.quantized) == 5 and trainer.step.steps == 2
+
+
+def test_instances_count_their_own_steps_and_share_what_is_compiled():
+    first, second = Trainer(), Trainer()
+    for trainer in (first, second, first):
+        trainer.step(tokens_of())
+    graphs = len(Trainer.step._quantized.backend.reports)
+    assert (first.step.steps, second.step.steps, Trainer.step.steps) == (2, 1, 0)
+    second.step(tokens_of())
+    assert len(Trainer.step._quantized.backend.reports) == graphs
+    second.step.load_state_dict(first.step.state_dict() | {"steps": 9})
+    assert (first.step.steps, second.step.steps) == (2, 9)
+    bound = first.step
+    del first, trainer
+    assert bound(tokens_of()).item() > 0, "a bound step keeps its instance"
+
+
+def test_counting_keeps_no_instance_alive():
+    trainer, before = Trainer(), len(Trainer.step._of_instances)
+    trainer.step.steps = 1
+    gone = weakref.ref(trainer)
+    assert len(Trainer.step._of_instances) == before + 1
+    del trainer
+    assert gone() is None and len(Trainer.step._of_instances) == before
+
+
+def test_an_instance_that_cannot_be_referred_to_weakly_is_refused():
+    class Slotted:
+        __slots__ = ("model",)
+        step = step_of()
+
+    with pytest.raises(InvalidArgument, match="got Slotted; add '__weakref__'"):
+        _ = Slotted().step
+
+
+def test_every_step_of_a_factory_is_quantized():
+    """All functions of one factory share a code object, which Dynamo compiles 8 times."""
+
+    def make() -> tuple[nn.Module, Any]:
+        model = bf16(MLP())
+
+        def step(x: Tensor) -> None:
+            model(x).float().square().mean().backward()
+
+        return step_of(step, high_precision_steps=(1, 0), total_steps=2)
+
+    for _ in range(9):
+        step = make()
+        step(tokens_of())
+        step(tokens_of())
+        assert len(step.report.quantized) == 5
+
+
+def test_beyond_the_recompile_limit_a_step_is_refused():
+    model, step = bf16(MLP()), step_of(dynamic=False)
+    with pytest.raises(
+        TooManyVariants, match=r"'forward_backward' must compile at most 8 times.*dynamic=None"
+    ):
+        for length in range(2, 12):
+            step(model, tokens_of(length=length))
+    assert step.steps == 8
+    for length in range(2, 10):  # what has been compiled goes on
+        step(model, tokens_of(length=length))
+    with pytest.raises(TooManyVariants):
+        step(model, tokens_of(length=12))
+
+
+def test_an_optimizer_beyond_the_recompile_limit_does_not_stop_training():
+    """A scheduled float learning rate: Dynamo compiles 8 of them, then runs the rest as they are."""
+    torch.manual_seed(0)
+    model = bf16(MLP())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def forward_backward_step(x: Tensor) -> None:
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step = step_of(forward_backward_step)
+    before = [p.detach().clone() for p in model.parameters()]
+    for count in range(12):
+        optimizer.param_groups[0]["lr"] = 0.1 / (count + 1)
+        step(tokens_of())
+    assert step.steps == 12 and step._quantized.backend.quantized_runs == 12
+    assert not any(map(torch.equal, before, model.parameters()))
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD with a tensor"])
@@ -234,20 +380,28 @@ def test_a_changing_learning_rate_does_not_recompile_every_step(kind):
         before = weights(model)
         step(model, optimizer, tokens_of())
         schedule.step()
-        counts.append(len(step._backend.reports))
+        counts.append(len(step._quantized.backend.reports))
         moved.append(not torch.equal(before, weights(model)))
     assert counts[-1] == counts[1] and all(moved), counts
     assert len(step.report.quantized) == 5
 
 
 def test_two_micro_batches_before_the_optimizer():
-    """Accumulation inside one step: two graph breaks, one report, both halves quantized."""
+    """Both halves are quantized: the gradient is that of two steps with the same dice."""
     model = bf16(MLP())
+    halves = tokens_of().chunk(2)
 
-    def accumulate(model: nn.Module, x: Tensor) -> None:
-        for part in x.chunk(2):
-            model(part).float().square().mean().backward()
+    def accumulate(model: nn.Module, halves: tuple[Tensor, Tensor]) -> None:
+        for half in halves:
+            forward_backward(model, half)
 
-    step = step_of(accumulate)
-    got = gradient(model, step)
-    assert got.any() and len(step.report.quantized) >= 5
+    def gradients(step: Any, *batches: Any) -> Tensor:
+        torch.manual_seed(3)
+        model.zero_grad()
+        for batch in batches:
+            step(model, batch)
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    got = gradients(step_of(accumulate), halves)
+    assert torch.equal(got, gradients(step_of(), *halves))
+    assert not torch.equal(got, gradients(step_of(recipe="bf16"), *halves))

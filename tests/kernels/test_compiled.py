@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import needs_exact_inductor
 from torch._dynamo.utils import counters
+from torch._guards import TracingContext
 
 from fos_compile.kernels.formats import qs_of
 from fos_compile.kernels.op import REGISTRY
@@ -176,6 +177,31 @@ def test_sizes_marked_dynamic_compile_once(backend):
         amax = torch.ops.fos.amax(x)
         _assert_same(quantize(x, amax), torch.ops.fos.quantize(x, amax))
     assert counters["stats"]["unique_graphs"] - before == 1
+
+
+def test_checks_of_the_references_guard_on_no_symbolic_size():
+    """Traced by Dynamo itself, which shows a symbolic size as an int."""
+
+    def both(values, scales, amax):
+        rows = values.shape[0]
+        back = REGISTRY["dequantize"].reference(values, scales, amax, rows, 70, dtype=torch.half)
+        sizes = {"m": rows, "n": rows, "k": 70, "out_dtype": torch.half}
+        operand = values, scales, amax, 1536.0
+        return back, REGISTRY["scaled_mm"].reference(*operand, *operand, **sizes)
+
+    guards = []
+
+    def backend(gm, inputs):
+        guards.extend(TracingContext.get().fake_mode.shape_env.guards)
+        return gm.forward
+
+    x = _data((33, 70), "bfloat16")
+    amax = torch.ops.fos.amax(x)
+    buffers = torch.ops.fos.quantize(x, amax)
+    for buffer in buffers:
+        torch._dynamo.mark_dynamic(buffer, 0)
+    torch.compile(both, fullgraph=True, backend=backend)(*buffers, amax)
+    assert not guards
 
 
 def test_operators_stay_in_one_dynamic_graph():

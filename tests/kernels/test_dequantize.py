@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 from vectors import E2M1, E4M3, E8M0, oracle, row_major, run_quantize, unpack
 
 from fos_compile.kernels.errors import FosError
@@ -143,5 +144,35 @@ def test_bad_arguments(device):
         torch.ops.fos.dequantize(*buffers, format="int4", dtype=torch.float32)
     with pytest.raises(FosError, match=r"bfloat16, float16 or float32.*float64"):
         torch.ops.fos.dequantize(*buffers, dtype=torch.float64)
-    with pytest.raises(FosError, match="uint8"):
-        torch.ops.fos.dequantize(values.to(device).int(), *buffers[1:], dtype=torch.float32)
+
+
+# 18 rows of 128 columns: 18 x 64 values; 128 x 8 scales (nvfp4), 128 x 4 (mxfp4).
+MISFITS = {
+    "values": ({"values": torch.zeros(18, 64, dtype=torch.int32)}, "uint8"),
+    "scales": ({"scales": torch.zeros(1024)}, "uint8.*float32"),
+    "rank": ({"scales": torch.zeros(1, 1024, dtype=torch.uint8)}, r"values and scales must be \["),
+    "width": ({"values": torch.zeros(18, 48, dtype=torch.uint8)}, "P a multiple of 64"),
+    "short": ({"scales": torch.zeros(8, dtype=torch.uint8)}, r"scales must be \[1024\].*got \[8\]"),
+    "format": ({"format": "mxfp4"}, r"scales must be \[512\] for mxfp4"),
+    "rows": ({"rows": 17}, "rows must be 18"),
+    "cols": ({"cols": 129}, "cols must be at most 128"),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("case", MISFITS)
+def test_buffers_that_do_not_fit_are_refused(case, device):
+    good = {
+        "values": torch.zeros(18, 64, dtype=torch.uint8),
+        "scales": torch.zeros(1024, dtype=torch.uint8),
+        "amax": None,
+        "rows": 18,
+        "cols": 128,
+    }
+    changes, message = MISFITS[case]
+    call = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), {**good, **changes})
+    with pytest.raises(FosError, match=message):
+        torch.ops.fos.dequantize(**call, dtype=torch.float32)
+    batched = pytree.tree_map_only(torch.Tensor, lambda t: t.unsqueeze(0), call)
+    with pytest.raises(FosError):
+        torch.ops.fos.dequantize(**batched, dtype=torch.float32)

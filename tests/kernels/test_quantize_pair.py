@@ -7,6 +7,8 @@ import torch
 
 from fos_compile.kernels.errors import FosError
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 ROUNDINGS = ("nearest", "stochastic", "stochastic_realized", "stochastic_unbiased")
 RULES = ("mse", "mae", "abs_max", "static_6", "static_4")
 FORMATS = [("nvfp4", rule, block) for rule in RULES for block in ("1d", "2d")]

@@ -10,6 +10,8 @@ from vectors import E2M1, E4M3, E8M0, row_major, unpack
 from fos_compile.kernels.errors import FosError
 from fos_compile.kernels.formats import qs_of
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (5, 3, 16), (17, 33, 70), (130, 129, 200), (64, 48, 1024)]
 
@@ -49,6 +51,10 @@ def _quantized(x: torch.Tensor, format="nvfp4", rule="mse") -> Operand:
     values, scales = torch.ops.fos.quantize(x, amax, format=format, scale_rule=rule)
     qs = qs_of(format, rule, "nearest")
     return Operand(values=values, scales=scales, amax=amax, qs=qs, rows=x.shape[-2], format=format)
+
+
+def _on(a: Operand, device: str) -> Operand:
+    return Operand(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(a).items()})
 
 
 def _multiply(a: Operand, b: Operand, k: int, bias=None, out_dtype=torch.float32):
@@ -172,11 +178,7 @@ def test_strided_buffers():
 
 def test_meta_device():
     a, b = _operand((2, 17, 70)), _operand((2, 33, 70))
-    meta = [
-        Operand(**{k: v.to("meta") if torch.is_tensor(v) else v for k, v in vars(o).items()})
-        for o in (a, b)
-    ]
-    got = _multiply(*meta, 70, None, torch.half)
+    got = _multiply(_on(a, "meta"), _on(b, "meta"), 70, None, torch.half)
     assert got.is_meta and got.shape == (2, 17, 33) and got.dtype == torch.half
 
 
@@ -187,3 +189,30 @@ def test_bad_arguments():
     batched = _operand((2, 33, 70))
     with pytest.raises(FosError, match="a and b"):
         _multiply(a, batched, 70)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"values": lambda a: a.values.int()}, "a and scales_a must be uint8"),
+        ({"scales": lambda a: a.scales.float()}, "a and scales_a must be uint8"),
+        ({"scales": lambda a: a.scales[:8]}, r"scales_a must be \[1024\].*got \[8\]"),
+        ({"values": lambda a: a.values[:, :48]}, "P a multiple of 64"),
+        ({"rows": lambda a: 16}, "m and n must be 17 and 33, .*got 16 and 33"),
+    ],
+)
+def test_an_operand_that_does_not_fit_is_refused(changes, message, device):
+    a, b = _operand((17, 70)), _operand((33, 70))
+    wrong = Operand(**{**vars(a), **{name: change(a) for name, change in changes.items()}})
+    with pytest.raises(FosError, match=message):
+        _multiply(_on(wrong, device), _on(b, device), 70)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_operands_that_do_not_fit_each_other_are_refused(device):
+    a, b = (_on(_operand((rows, 70)), device) for rows in (17, 33))
+    with pytest.raises(FosError, match=r"k must be at most 128, .*got 129"):
+        _multiply(a, b, 129)
+    with pytest.raises(FosError, match="a and b must be equal in batch and P"):
+        _multiply(a, _on(_operand((33, 200)), device), 70)

@@ -90,7 +90,7 @@ def _candidate(ax: np.ndarray, factor: float, amax: F, u: np.ndarray | None, opt
     byte = nearest_even(np.minimum(s * F(factor), F(448)), oracle.E4M3)
     scale = E4M3[byte]
     with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = F(1) / ((F(1) / enc) * scale)
+        inverse = np.minimum(F(1) / ((F(1) / enc) * scale), np.finfo(F).max)
         y = np.where(scale[:, None] == 0, F(0), ax * inverse[:, None])
     if u is None:
         q = E2M1[nearest_even(y, oracle.E2M1)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from graphs import Captured, config
@@ -9,8 +10,8 @@ from fos_compile.passes.pipeline import rewrite
 from fos_compile.passes.report import Report, merge
 
 
-def report_of(model, x, **options) -> Report:
-    return rewrite(Captured(model, x).graph, config(**options))
+def report_of(model, *inputs, **options) -> Report:
+    return rewrite(Captured(model, *inputs).graph, config(**options))
 
 
 def test_training_report():
@@ -33,6 +34,28 @@ recipe training: 3 of 6 matmuls quantized, 50.0% of FLOPs in FP4, 4 quantization
 def test_reasons_are_counted():
     report = report_of(bf16(Attention()), tokens_of().requires_grad_(), recipe="training")
     assert report.reasons() == {"batched product of two activations (attention)": 6}
+
+
+@pytest.mark.parametrize("bias", [(32, 128), (1,), (128,)])
+def test_a_product_with_a_bias_of_any_shape_runs_in_four_bits(bias):
+    w = torch.nn.Parameter(torch.randn(64, 128).bfloat16())
+    add = lambda x, bias: torch.addmm(bias, x, w, alpha=2, beta=3)  # noqa: E731
+    x, bias = tokens_of()[0].repeat(2, 1), torch.zeros(bias, dtype=torch.bfloat16)
+    report = report_of(add, x, bias, recipe="inference")
+    (site,) = report.quantized
+    assert site.implementation.startswith("fos::scaled_mm")
+    (site,) = report_of(add, x, bias, recipe="weight_only").quantized
+    assert site.implementation == "dequantize, then the matmul"
+
+
+def test_patterns_that_match_nothing_are_noted():
+    options = {"recipe": "inference", "skip": ["dwon", "lm_head"]}
+    first = report_of(bf16(MLP()), tokens_of(), **options)
+    assert first.unused == ("dwon",)
+    assert str(first).endswith("note: no matmul matches 'dwon'")
+    second = report_of(bf16(MLP()), tokens_of(), recipe="inference", skip=["head", "dwon"])
+    assert merge([first, second]).unused == ("dwon",)
+    assert merge([first, report_of(bf16(MLP()), tokens_of())]).unused == ()
 
 
 def test_totals():
@@ -61,3 +84,10 @@ def test_merge_adds_up():
     assert len(both.sites) == 2 * len(one.sites)
     assert both.flops == 2 * one.flops
     assert both.recipe == one.recipe
+
+
+def test_merge_takes_the_recipe_from_graphs_with_matmuls():
+    one = report_of(bf16(MLP()), tokens_of(), recipe="inference")
+    nothing = Report(recipe="training")
+    assert merge([nothing, one]).recipe == "inference"
+    assert merge([nothing, nothing]).recipe == "training"

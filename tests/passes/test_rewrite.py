@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from graphs import Captured, config, text
@@ -9,6 +10,7 @@ from models import MLP, Experts, SwiGLU, bf16, tokens_of
 from torch import nn
 
 from fos_compile.passes.pipeline import rewrite
+from fos_compile.passes.recipe import OperandSpec, Recipe
 
 
 def rewritten(captured: Captured, **options) -> str:
@@ -117,8 +119,6 @@ return (view_1,)""",
 
 
 def test_insert_mxfp4_takes_one_for_amax():
-    from fos_compile import OperandSpec, Recipe
-
     spec = OperandSpec(format="mxfp4", scale_rule="static_6")
     recipe = Recipe(name="mx", fprop_activation=spec, fprop_weight=spec)
     assert_expected_inline(
@@ -276,6 +276,23 @@ def test_share_saves_packed_weights_on_request():
     pairs = [line for line in graph.splitlines() if "quantize_pair(" in line]
     assert len(pairs) == 3
     assert any("block='2d'" in pair for pair in pairs)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_share_pairs_views_that_siblings_made(format):
+    """The frozen layer's rows come first; the other's columns read a view that is made later."""
+    rows = OperandSpec(format=format, scale_rule="static_6")
+    columns = OperandSpec(format=format, scale_rule="static_6", rht=True)
+    recipe = Recipe(
+        name="r", fprop_activation=rows, fprop_weight=rows, wgrad_gradient=columns,
+        wgrad_activation=columns,
+    )  # fmt: skip
+    frozen, trained = linear(), linear()
+    frozen.weight.requires_grad_(False)
+    captured = Captured(lambda x: frozen(x) + trained(x), tokens_of())
+    graph = rewritten(captured, recipe=recipe)
+    pairs = [line for line in graph.splitlines() if "fos.quantize_pair(" in line]
+    assert len(pairs) == 1 and "quantize_pair(view, " in pairs[0]
 
 
 def test_tied_weights_are_quantized_once():

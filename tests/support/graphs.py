@@ -11,7 +11,7 @@ from torch import fx
 
 from fos_compile.backend import GraphPasses
 from fos_compile.config import BackendConfig, parse_options
-from fos_compile.passes.provenance import mark_parameters
+from fos_compile.passes.provenance import Origin, mark_inputs
 
 
 class Captured:
@@ -32,10 +32,10 @@ class Captured:
         from torch._dynamo.backends.common import aot_autograd
         from torch._inductor.decomposition import select_decomp_table
 
-        parameters = GraphPasses(BackendConfig(), gm, example_inputs).parameters
+        given = GraphPasses(BackendConfig(), gm, example_inputs).inputs
 
         def keep(joint: fx.GraphModule) -> None:
-            mark_parameters(joint.graph, parameters)
+            mark_inputs(joint.graph, given)
             self.graphs.append(joint)
 
         def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
@@ -89,5 +89,5 @@ def _meta(node: fx.Node) -> str:
     fake = node.meta.get("val")
     if not isinstance(fake, torch.Tensor):
         return "int"
-    kind = " parameter" if "fos_parameter" in node.meta else ""
+    kind = " parameter" if node.meta.get("fos_input") == Origin.PARAMETER else ""
     return f"{str(fake.dtype).removeprefix('torch.')}[{', '.join(map(str, fake.shape))}]{kind}"

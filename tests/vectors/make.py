@@ -36,7 +36,7 @@ Case = tuple[str, tuple[int, ...], str, float | None, Options]
 
 def rows() -> list[Case]:
     """Every case; its position seeds its data."""
-    return [*every_rule(), *special_cases(), *mxfp4_cases()]
+    return [*every_rule(), *special_cases(), *mxfp4_cases(), *later_cases()]
 
 
 def every_rule() -> list[Case]:
@@ -149,6 +149,18 @@ def mxfp4_cases() -> list[Case]:
     return out
 
 
+def later_cases() -> list[Case]:
+    """Further cases, after all others so that those keep their data."""
+    o = Options
+    sr = o(rounding="stochastic", seed=21)
+    return [
+        ("divisor_underflows", (1, 32), "sliver", None, o()),
+        ("divisor_underflows_static", (1, 32), "sliver", None, o(scale_rule="static_6")),
+        ("divisor_underflows_stochastic", (1, 32), "sliver", None, sr),
+        ("divisor_underflows_2d", (17, 32), "sliver", None, o(dtype="float32", block="2d")),
+    ]
+
+
 def data(shape: tuple[int, ...], kind: str, seed: int, dtype: str) -> np.ndarray:
     """float32 array already rounded to `dtype`."""
     rng = np.random.RandomState(seed)  # the one generator whose stream numpy has frozen
@@ -162,6 +174,9 @@ def data(shape: tuple[int, ...], kind: str, seed: int, dtype: str) -> np.ndarray
         x = np.abs(x) if kind == "zeros" else -np.abs(x)
     elif kind.startswith("tiny"):
         x = np.clip(x, -3.9, 3.9) * 2.0 ** (int(kind[4:]) - 2)
+    elif kind == "sliver":  # a block with one element, 2^-17 of an amax of 2^-112
+        x *= 0.0
+        x[..., 0], x[..., 16] = 2.0**-112, 2.0**-129
     elif kind == "huge":
         x *= 1e37 if dtype != "float16" else 2e4
     elif kind in ("nan", "inf"):

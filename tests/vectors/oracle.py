@@ -171,7 +171,7 @@ def candidate(
     scale = F(E4M3[scale_code])
     if scale == 0:
         return np.zeros_like(x), [0] * x.size
-    a = np.abs(x) * (F(1) / ((F(1) / enc) * scale))
+    a = np.abs(x) * min(F(1) / ((F(1) / enc) * scale), np.finfo(F).max)
     return a, round_e2m1(a, u)
 
 

@@ -1,0 +1,389 @@
+"""Any block to FP4 as docs/contract.md says, operation by operation: what fast paths must equal.
+
+A thread has a whole block of 16 numbers (nvfp4) or 32 (mxfp4); of a 2D tile it has one column, and
+the 16 threads of the tile are neighbours in a warp. About 20 instructions an element for each
+candidate scale.
+"""
+
+from typing import Any, NamedTuple
+
+import cutlass
+from cutlass import Uint32, cute
+
+from fos_compile.kernels import formats
+from fos_compile.kernels.cute import ptx
+
+EXPONENT = 0x7F800000
+FLOAT32_MAX = 3.4028234663852886e38
+AMAX_MIN = 2.0**-116
+
+
+class Rules(NamedTuple):
+    """Static options of a quantization."""
+
+    format: str = "nvfp4"
+    scale_rule: str = "mse"
+    rounding: str = "nearest"
+    block: str = "1d"
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether there are two candidates."""
+        return self.scale_rule in formats.ADAPTIVE_RULES
+
+    @property
+    def qs(self) -> float:
+        """Divisor of the tensor scale."""
+        return formats.qs_of(self.format, self.scale_rule, self.rounding)
+
+    @property
+    def value_max(self) -> float:
+        """What the largest magnitude of a block maps to."""
+        return formats.value_max(self.scale_rule, self.rounding)
+
+
+class Tensor(NamedTuple):
+    """What is common to all blocks of a tensor."""
+
+    amax: Any
+    encode: Any
+    """qs / amax."""
+    decode: Any
+    """1 / encode."""
+
+
+class Division(NamedTuple):
+    """How to divide: by IEEE instructions, or faster where nothing is subnormal."""
+
+    quotient: Any
+    reciprocal: Any
+
+
+def _markstein(a: Any, divisor: float) -> Any:
+    reciprocal = 1.0 / divisor
+    q = ptx.mul(a, reciprocal)
+    return ptx.fma(ptx.fma(q, -divisor, a), reciprocal, q)
+
+
+def _newton(t: Any) -> Any:
+    r = ptx.rcp_approx(t)
+    return ptx.fma(r, ptx.fma(ptx.negative(t), r, 1.0), r)
+
+
+IEEE = Division(quotient=lambda a, b: ptx.div(a, b), reciprocal=lambda t: ptx.rcp(t))
+"""Correctly rounded everywhere."""
+MIDRANGE = Division(quotient=_markstein, reciprocal=_newton)
+"""The same bits where arguments, results, remainders are normal: for an amax in MIDRANGE_AMAX."""
+MIDRANGE_AMAX = (2.0**-40, 2.0**60)
+
+
+def tensor_of(amax: Any, qs: float) -> Tensor:
+    """Constants of a tensor, once a thread."""
+    encode = ptx.div(qs, amax)
+    return Tensor(amax, encode, ptx.rcp(encode))
+
+
+def outside_midrange(tensor: Tensor) -> Any:
+    """1 where only `IEEE` divides right, else 0; the same for all threads."""
+    least, most = MIDRANGE_AMAX
+    return ptx.where_less(tensor.amax, least, 1, ptx.where_less(tensor.amax, most, 0, 1))
+
+
+@cute.jit
+def quantize_either(
+    values: list[Any],
+    tensor: Tensor,
+    rules: cutlass.Constexpr,
+    dice: list[Any] | None,
+    outside: Uint32,
+) -> tuple[list[Any], Any]:
+    """`quantize` for nvfp4 with the divisions that `outside` asks for."""
+    words, scale = [Uint32(0), Uint32(0)], Uint32(0)
+    if outside != 0:
+        words, scale = quantize(values, tensor, rules, dice, IEEE)
+    else:
+        words, scale = quantize(values, tensor, rules, dice, MIDRANGE)
+    return words, scale
+
+
+def quantize(
+    values: list[Any], tensor: Tensor, rules: Rules, dice: list[Any] | None, by: Division = IEEE
+) -> tuple[list[Any], Any]:
+    """Codes of a block, eight nibbles a word, and its scale byte.
+
+    Args:
+        values: float32, 16 or 32, signed, as the quantizer reads them (after RHT); for a 2D tile
+            the 16 numbers of this thread's column.
+        tensor: of `tensor_of`; unused for mxfp4.
+        rules: static options.
+        dice: offsets u in (0, 1), an element each; None for nearest.
+        by: how to divide.
+    """
+    mags = [ptx.absolute(value) for value in values]
+    peak = mags[0]
+    for mag in mags[1:]:
+        peak = ptx.max_nan(peak, mag)
+    if rules.block == "2d":
+        for distance in (8, 4, 2, 1):
+            peak = ptx.max_nan(peak, ptx.shuffle_xor(peak, distance))
+    if rules.format == "mxfp4":
+        scale, magnitudes = _mxfp4(mags, peak, rules, dice)
+        live, nan_scale, worst = scale, 0xFF, ptx.bits(peak)
+        shown = 1
+    else:
+        scale, magnitudes = _nvfp4(mags, peak, tensor, rules, dice, by)
+        # Amax may be static, so the block itself decides too.
+        nan_scale = 0x7F
+        worst = ptx.max_u32(ptx.bits(peak), ptx.bits(tensor.amax) & 0x7FFFFFFF)
+        live = ptx.where_less(tensor.amax, AMAX_MIN, 0, scale)
+        shown = live
+    finite = ptx.where_below(worst, EXPONENT, 1, 0)
+    shown = ptx.where_nonzero(finite, shown, 0)
+    words = []
+    for start in range(0, len(values), 8):
+        word = ptx.u32(0)
+        for i in range(8):
+            code = _encode(magnitudes[start + i])
+            sign = ptx.where_less(values[start + i], 0.0, 8, 0)
+            word = word | ((code | sign) << (4 * i))
+        words.append(ptx.where_nonzero(shown, word, 0))
+    return words, ptx.where_nonzero(finite, live, nan_scale)
+
+
+def _mxfp4(
+    mags: list[Any], peak: Any, rules: Rules, dice: list[Any] | None
+) -> tuple[Any, list[Any]]:
+    share = ptx.bits(ptx.div(peak, rules.value_max))
+    byte = (share >> 23) + ptx.where_nonzero(share & 0x7FFFFF, 1, 0)
+    byte = ptx.where_below(ptx.bits(peak), EXPONENT, byte, 0)
+    inverse = ptx.real((ptx.u32(254) - byte) << 23)
+    return byte, _round([ptx.mul(mag, inverse) for mag in mags], dice)
+
+
+def _nvfp4(
+    mags: list[Any],
+    peak: Any,
+    tensor: Tensor,
+    rules: Rules,
+    dice: list[Any] | None,
+    by: Division,
+) -> tuple[Any, list[Any]]:
+    s = ptx.mul(by.quotient(peak, rules.value_max), tensor.encode)
+    bytes_ = ptx.e4m3x2(s, ptx.mul(s, 1.5))
+    scale6, scale4 = ptx.widen(ptx.from_e4m3x2(bytes_))
+    inverse6 = _inverse(scale6, tensor, by)
+    if not rules.adaptive:
+        return bytes_ & 0xFF, _round([ptx.mul(mag, inverse6) for mag in mags], dice)
+    inverse4 = _inverse(scale4, tensor, by)
+    error6 = _error(mags, scale6, inverse6, tensor, rules, dice, by)
+    error4 = _error(mags, scale4, inverse4, tensor, rules, dice, by)
+    inverse = ptx.real(ptx.where_less(error4, error6, ptx.bits(inverse4), ptx.bits(inverse6)))
+    byte = ptx.where_less(error4, error6, bytes_ >> 8, bytes_ & 0xFF)
+    # Rounding again costs less than keeping both candidates in registers.
+    return byte, _round([ptx.mul(mag, inverse) for mag in mags], dice)
+
+
+def _inverse(scale: Any, tensor: Tensor, by: Division) -> Any:
+    inverse = ptx.minimum(by.reciprocal(ptx.mul(tensor.decode, scale)), FLOAT32_MAX)
+    return ptx.real(ptx.where_nonzero(ptx.bits(scale), ptx.bits(inverse), 0))
+
+
+def _error(
+    mags: list[Any],
+    scale: Any,
+    inverse: Any,
+    tensor: Tensor,
+    rules: Rules,
+    dice: list[Any] | None,
+    by: Division,
+) -> Any:
+    """Error of a candidate over the block (docs/contract.md section 4)."""
+    terms = []
+    for i, mag in enumerate(mags):
+        y = ptx.mul(mag, inverse)
+        if rules.rounding in ("nearest", "stochastic_realized"):
+            (q,) = _round([y], None if dice is None else [dice[i]])
+            v = ptx.mul(ptx.mul(q, scale), tensor.amax)
+            d = ptx.sub(by.quotient(v, rules.qs), mag)
+            terms.append(ptx.mul(d, d) if rules.scale_rule == "mse" else ptx.absolute(d))
+        else:
+            terms.append(_expected(y, rules.scale_rule))
+    error = _combine(terms, rules)
+    if rules.rounding in ("nearest", "stochastic_realized"):
+        return error
+    error = ptx.mul(error, ptx.mul(scale, scale) if rules.scale_rule == "mse" else scale)
+    return ptx.real(ptx.where_nonzero(ptx.bits(scale), ptx.bits(error), EXPONENT))
+
+
+def _round(ys: list[Any], dice: list[Any] | None) -> list[Any]:
+    """Scaled magnitudes to E2M1 magnitudes, saturating at 6."""
+    if dice is None:
+        return [_nearest(y) for y in ys]
+    rounded = []
+    for y, u in zip(ys, dice, strict=True):
+        y = ptx.minimum(y, 6.0)
+        step, inverse = _steps(y)
+        whole = ptx.floor(ptx.add(ptx.mul(y, inverse), u))
+        rounded.append(ptx.minimum(ptx.mul(whole, step), 6.0))
+    return rounded
+
+
+def _nearest(y: Any) -> Any:
+    magic = ptx.mul(_binade(y), 2.0**22)
+    return ptx.minimum(ptx.sub(ptx.add(y, magic), magic), 6.0)
+
+
+def _binade(y: Any) -> Any:
+    """1, 2 or 4 for y below 2, 4 or 8; for y from 6 on 4 or more, which rounds to 6 or more."""
+    return ptx.real(ptx.bits(ptx.minimum(ptx.maximum(y, 1.0), 6.0)) & EXPONENT)
+
+
+def _steps(y: Any) -> tuple[Any, Any]:
+    """Step of the binade of y <= 6: 0.5, 1 or 2, and 1 / step."""
+    binade = _binade(y)
+    return ptx.mul(binade, 0.5), ptx.real(ptx.u32(EXPONENT) - ptx.bits(binade))
+
+
+def _expected(y: Any, rule: str) -> Any:
+    """Expected error of one element, in units of y, whatever the dice."""
+    over = ptx.maximum(ptx.sub(y, 6.0), 0.0)
+    a = ptx.minimum(y, 6.0)
+    step, inverse = _steps(a)
+    low = ptx.mul(ptx.floor(ptx.mul(a, inverse)), step)
+    down, up = ptx.sub(a, low), ptx.sub(ptx.add(low, step), a)
+    if rule == "abs_max":
+        grid = ptx.bits(down) & 0x7FFFFFFF
+        apart = ptx.bits(ptx.maximum(down, up))
+        return ptx.real(ptx.where_nonzero(grid, apart, ptx.bits(over)))
+    product = ptx.mul(down, up)
+    if rule == "mse":
+        return ptx.add(product, ptx.mul(over, over))
+    return ptx.add(ptx.mul(product, ptx.mul(inverse, 2.0)), over)
+
+
+def _combine(terms: list[Any], rules: Rules) -> Any:
+    if rules.scale_rule == "abs_max":
+        most = terms[0]
+        for term in terms[1:]:
+            most = ptx.maximum(most, term)
+        if rules.block == "2d":
+            for distance in (8, 4, 2, 1):
+                most = ptx.maximum(most, ptx.shuffle_xor(most, distance))
+        return most
+    if rules.block == "1d":
+        return _left_to_right([ptx.add(a, b) for a, b in zip(terms[:8], terms[8:], strict=True)])
+    # Element (r, c) is in chunk r / 2, accumulator 2 (r % 2) + c / 8, lane c % 8.
+    even, odd = _left_to_right(terms[0::2]), _left_to_right(terms[1::2])
+    near, far = ptx.lane() & ptx.u32(0xFFFFFFF7), ptx.lane() | 8
+    accumulators = [ptx.shuffle(each, at) for each in (even, odd) for at in (near, far)]
+    total = _left_to_right(accumulators)
+    first = ptx.lane() & 16
+    return _left_to_right([ptx.shuffle(total, first + i) for i in range(8)])
+
+
+def _left_to_right(terms: list[Any]) -> Any:
+    total = terms[0]
+    for term in terms[1:]:
+        total = ptx.add(total, term)
+    return total
+
+
+def _encode(q: Any) -> Any:
+    """E2M1 magnitude as float32 to its code 0-7.
+
+    Adding 2^22 binades leaves q / step in the lowest bits; every binade adds 2 to that.
+    """
+    q = ptx.mul(q, 2.0**-21)
+    binade = ptx.real(ptx.bits(ptx.maximum(q, 2.0**-21)) & EXPONENT)
+    t = ptx.bits(ptx.fma(binade, 2.0**22, q))
+    # With this exponent t >> 22 is twice the binade's plus 256.
+    return (t + (t >> 22)) & 7
+
+
+def philox(seed: tuple[Any, Any], group: tuple[Any, Any], stream: Any) -> list[Any]:
+    """The four random words of a group of 16: Philox-4x32-10 (docs/contract.md section 5).
+
+    Args:
+        seed: (low, high) word of the seed.
+        group: (low, high) word of the group's number.
+        stream: third word of the counter.
+    """
+    c = [*group, stream, ptx.u32(0)]
+    k0, k1 = seed
+    for _ in range(10):
+        high0, low0 = ptx.mul_wide(c[0], 0xD2511F53)
+        high1, low1 = ptx.mul_wide(c[2], 0xCD9E8D57)
+        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
+        k0, k1 = k0 + ptx.u32(0x9E3779B9), k1 + ptx.u32(0xBB67AE85)
+    return c
+
+
+def offsets(words: list[Any]) -> list[Any]:
+    """The 16 bytes of four words as u = (byte + 0.5) / 256, in one exact multiply-add."""
+    return [
+        ptx.fma(ptx.to_float((words[i // 4] >> (8 * (i % 4))) & 0xFF), 1 / 256, 1 / 512)
+        for i in range(16)
+    ]
+
+
+def rotate(values: list[Any], to_dtype: Any) -> list[Any]:
+    """Random Hadamard transform of a thread's 16 float32, each result rounded by `to_dtype`."""
+    v = [x if sign == "+" else ptx.negative(x) for x, sign in zip(values, SIGNS, strict=True)]
+    for half in (1, 2, 4, 8):
+        for i in range(16):
+            if not i & half:
+                v[i], v[i + half] = ptx.add(v[i], v[i + half]), ptx.sub(v[i], v[i + half])
+    return [to_dtype(ptx.mul(x, 0.25)) for x in v]
+
+
+def rotate_across(values: list[Any], to_dtype: Any) -> list[Any]:
+    """The same for groups of 16 neighbouring threads, for each of the values of a thread."""
+    lane = ptx.lane()
+    minus = sum(1 << i for i, sign in enumerate(SIGNS) if sign == "-")
+    flip = ((ptx.u32(minus) >> (lane & 15)) & 1) << 31
+    rotated = []
+    for value in values:
+        v = ptx.real(ptx.bits(value) ^ flip)
+        for half in (1, 2, 4, 8):
+            other = ptx.shuffle_xor(v, half)
+            # The upper of two threads takes other - v.
+            upper = (lane & half) << (31 - half.bit_length() + 1)
+            v = ptx.add(other, ptx.real(ptx.bits(v) ^ upper))
+        rotated.append(to_dtype(ptx.mul(v, 0.25)))
+    return rotated
+
+
+def transpose_bits(words: list[Any], width: int) -> list[Any]:
+    """Transpose a 16x16 matrix of `width` bits held one row a thread by 16 neighbouring threads.
+
+    Args:
+        words: a row, 16 * width bits, lowest first: 2 words of nibbles or 4 of bytes.
+        width: 4 or 8.
+    """
+    lane = ptx.lane()
+    for half in (8, 4, 2, 1):
+        bits_ = half * width
+        upper = lane & half
+        if bits_ >= 32:  # whole words change places
+            apart, new = bits_ // 32, list(words)
+            for i in range(len(words)):
+                if not i & apart:
+                    low, high = words[i], words[i + apart]
+                    got = ptx.shuffle_xor(ptx.where_nonzero(upper, low, high), half)
+                    new[i] = ptx.where_nonzero(upper, got, low)
+                    new[i + apart] = ptx.where_nonzero(upper, high, got)
+            words = new
+            continue
+        keep = sum(((1 << bits_) - 1) << at for at in range(0, 32, 2 * bits_))
+        lower_keep, upper_keep = ptx.u32(keep), ptx.u32(keep ^ 0xFFFFFFFF)
+        mine = ptx.where_nonzero(upper, upper_keep, lower_keep)
+        new = []
+        for word in words:
+            other = ptx.shuffle_xor(word, half)
+            moved = ptx.where_nonzero(upper, other >> bits_, other << bits_)
+            new.append((word & mine) | (moved & ~mine))
+        words = new
+    return words
+
+
+SIGNS = "+++-+------+-+--"

@@ -1,0 +1,180 @@
+"""The kernels of every operator, best first, and what each of them serves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fos_compile.kernels import formats
+from fos_compile.kernels.cute import (
+    host_amax_rotated,
+    host_dequantize_blocks,
+    host_quantize_blocks,
+    host_quantize_filtered,
+    host_quantize_tiles,
+    layout,
+)
+from fos_compile.kernels.cute.cache import KernelKey
+
+Options = tuple[Any, ...]
+"""Values of an operator's options, in the order of `NAMES`."""
+NAMES = {
+    "quantize": ("format", "scale_rule", "rounding", "block", "rht", "transpose"),
+    "amax": ("rht",),
+    "dequantize": ("format", "scaled", "dtype"),
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "quantize": {
+        "format": "nvfp4",
+        "scale_rule": "mse",
+        "rounding": "nearest",
+        "block": "1d",
+        "rht": False,
+        "transpose": False,
+    },
+    "amax": {"rht": False, "transpose": False},
+    "dequantize": {"format": "nvfp4", "scaled": False, "dtype": torch.bfloat16},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One kernel, for one class of layouts."""
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    options: dict[str, tuple[Any, ...]]
+    """Accepted values by option, of every option."""
+    layout: Callable[[Tensor], str]
+    """Why the kernel cannot read a matrix (transposed already), or nothing."""
+    launch: Callable[..., Any]
+    alignment: int = 1
+    reads: dict[str, bool] = field(default_factory=dict)
+    """How the matrix is read, as further static options."""
+
+    def refuses(self, names: tuple[str, ...], dtype: torch.dtype, options: Options) -> str:
+        """The first option that this kernel does not serve, or nothing."""
+        if dtype not in self.dtypes:
+            return f"x must be {_either(self.dtypes)}, got {dtype}"
+        for name, actual in zip(names, options, strict=True):
+            if actual not in self.options[name]:
+                return f"{name} must be {_either(self.options[name])}, got {actual}"
+        return ""
+
+    def key(self, dtype: torch.dtype, options: Options) -> KernelKey:
+        """What is compiled for these options."""
+        chosen = dict(zip(self.options, options, strict=True))
+        chosen.pop("transpose", None)  # a view with other strides
+        chosen = {name: _plain(value) for name, value in chosen.items()}
+        return KernelKey(
+            name=self.name,
+            dtype=_plain(dtype),
+            options=tuple({**chosen, **self.reads}.items()),
+            alignment=self.alignment,
+        )
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _either(choices: tuple[Any, ...]) -> str:
+    return " or ".join(map(str, choices))
+
+
+BOTH = (False, True)
+_READS: tuple[tuple[dict[str, bool], int, Callable[[Tensor], str]], ...] = (
+    ({"by_column": False, "vector": True}, layout.VECTOR_BYTES, layout.vector),
+    ({"by_column": True, "vector": False}, 1, layout.by_column),
+    ({"by_column": False, "vector": False}, 1, layout.anything),
+)
+
+
+def _general(
+    name: str,
+    options: dict[str, tuple[Any, ...]],
+    host: Any,
+    dtypes: tuple[torch.dtype, ...] = formats.DTYPES,
+) -> tuple[Entry, ...]:
+    """A kernel that reads any matrix, in every way that it does."""
+    return tuple(
+        Entry(
+            name=name,
+            dtypes=dtypes,
+            options=options,
+            alignment=alignment,
+            layout=reads_it,
+            launch=host.launch,
+            reads=reads,
+        )
+        for reads, alignment, reads_it in _READS
+    )
+
+
+TABLES: dict[str, tuple[Entry, ...]] = {
+    "quantize": (
+        *_general(
+            "quantize_filtered",
+            {
+                "format": ("nvfp4",),
+                "scale_rule": ("mse", "static_6"),
+                "rounding": ("nearest",),
+                "block": ("1d",),
+                "rht": BOTH,
+                "transpose": BOTH,
+            },
+            host_quantize_filtered,
+            (torch.bfloat16,),
+        ),
+        Entry(
+            name="quantize_tiles",
+            dtypes=formats.DTYPES,
+            options={
+                "format": ("nvfp4",),
+                "scale_rule": formats.SCALE_RULES,
+                "rounding": formats.ROUNDINGS,
+                "block": ("2d",),
+                "rht": BOTH,
+                "transpose": BOTH,
+            },
+            layout=layout.anything,
+            launch=host_quantize_tiles.launch,
+        ),
+        *_general(
+            "quantize_blocks",
+            {
+                "format": ("nvfp4",),
+                "scale_rule": formats.SCALE_RULES,
+                "rounding": formats.ROUNDINGS,
+                "block": ("1d",),
+                "rht": BOTH,
+                "transpose": BOTH,
+            },
+            host_quantize_blocks,
+        ),
+        *_general(
+            "quantize_blocks",
+            {
+                "format": ("mxfp4",),
+                "scale_rule": ("static_6", "static_4"),
+                "rounding": ("nearest", "stochastic", "stochastic_realized"),
+                "block": ("1d",),
+                "rht": BOTH,
+                "transpose": BOTH,
+            },
+            host_quantize_blocks,
+        ),
+    ),
+    "amax": _general("amax_rotated", {"rht": (True,)}, host_amax_rotated),
+    "dequantize": (
+        Entry(
+            name="dequantize_blocks",
+            dtypes=(torch.uint8,),
+            options={"format": formats.FORMATS, "scaled": BOTH, "dtype": formats.DTYPES},
+            layout=host_dequantize_blocks.layout,
+            launch=host_dequantize_blocks.launch,
+        ),
+    ),
+}

@@ -1,0 +1,235 @@
+"""Every kernel compiles for every architecture, without a GPU, and fits in its registers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from cute_cases import covering, valid
+
+pytest.importorskip("cutlass")
+pytest.importorskip("tvm_ffi")
+
+from fos_compile.kernels import formats
+from fos_compile.kernels.cute import build, host_quantize_filtered
+from fos_compile.kernels.cute.cache import KernelCache
+from fos_compile.kernels.cute.tables import NAMES, TABLES
+
+ARCHS = ("sm_90a", "sm_100a", "sm_103a", "sm_120a")
+REGISTERS, FRAME, STACK = 0x2F, 0x11, 0x12
+"""Attributes of a cubin's .nv.info section: (symbol, value) pairs."""
+
+
+def keys_of(op, dtypes, options):
+    """Those of every kernel that serves these options."""
+    for dtype, chosen in itertools.product(dtypes, options):
+        for entry in TABLES[op]:
+            if not entry.refuses(NAMES[op], dtype, chosen):
+                yield entry.key(dtype, chosen)
+
+
+def every_key():
+    """The full product, each once."""
+    quantizers = [tuple(options.values()) for options in valid()]
+    decoders = list(itertools.product(formats.FORMATS, (False, True), formats.DTYPES))
+    found = [
+        *keys_of("quantize", formats.DTYPES, quantizers),
+        *keys_of("amax", formats.DTYPES, [(True,)]),
+        *keys_of("dequantize", (torch.uint8,), decoders),
+    ]
+    return list(dict.fromkeys(found))
+
+
+def label(key):
+    return "-".join([key.name, key.dtype, *(str(value) for _, value in key.options)])
+
+
+EVERY = {label(key): key for key in every_key()}
+
+
+def representative():
+    """A few with every choice of every option of every kernel."""
+    for name in dict.fromkeys(key.name for key in EVERY.values()):
+        own = [found for found, key in EVERY.items() if key.name == name]
+        yield from covering(own, lambda found: choices(EVERY[found]), 1)
+
+
+def choices(key):
+    """What is chosen in a key."""
+    return [("dtype of x", key.dtype), *key.options]
+
+
+FEW = list(representative())
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    """(PTX, cubin) of a kernel for an architecture, compiled when first asked for."""
+
+    @functools.lru_cache(maxsize=256)
+    def made(name, arch):
+        folder = tmp_path_factory.mktemp("dump")
+        extra = f"--keep-ptx --keep-cubin --dump-dir {folder}"
+        compiled = build.compiled(EVERY[name], arch, extra)
+        return compiled.__ptx__, compiled.__cubin__
+
+    return made
+
+
+def _sections(elf):
+    """Name and content of the sections of a 64-bit ELF file."""
+    (at,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+    heads = [struct.unpack_from("<IIQQQQ", elf, at + i * size) for i in range(count)]
+    strings = heads[names][4]
+    for name, kind, _, _, offset, length in heads:
+        end = elf.index(b"\0", strings + name)
+        # Type 8 has no bytes in the file.
+        yield (
+            elf[strings + name : end].decode(),
+            b"" if kind == 8 else elf[offset : offset + length],
+        )
+
+
+def _attributes(cubin):
+    """Values by attribute, of every function."""
+    (content,) = (content for name, content in _sections(cubin) if name == ".nv.info")
+    found, at = {}, 0
+    while at < len(content):
+        form, attribute, size = struct.unpack_from("<BBH", content, at)
+        at += 4
+        if form == 4:  # `size` bytes follow; else `size` is the value itself
+            if size == 8:
+                found.setdefault(attribute, []).append(struct.unpack_from("<II", content, at)[1])
+            at += size
+    return found
+
+
+def expected_instructions(key):
+    """Parts of the PTX that show the hardware at work, and those that must not be there."""
+    options = dict(key.options)
+    yes, no = set(), {".local", "div.full", "div.approx", "sqrt.", "tex."}
+    encodes = key.name.startswith("quantize") and options["format"] == "nvfp4"
+    decodes = key.name == "dequantize_blocks" and options["format"] == "nvfp4"
+    (yes if encodes else no).add("cvt.rn.satfinite.e4m3x2.f32")
+    (yes if encodes or decodes else no).add("cvt.rn.f16x2.e4m3x2")
+    random = options.get("rounding", "nearest") != "nearest"
+    (yes if random else no).add("mul.hi.u32")  # Philox
+    if options.get("vector"):
+        yes.add("ld.global.L1::no_allocate.v4.b32")
+    if options.get("rht") or key.name == "amax_rotated":
+        rounded = {"bfloat16": "cvt.rn.bf16.f32", "float16": "cvt.rn.f16.f32"}
+        yes |= {rounded[key.dtype]} if key.dtype in rounded else set()
+        if key.name == "quantize_filtered":  # rounds in pairs
+            yes = yes - set(rounded.values()) | {"cvt.rn.bf16x2.f32"}
+    if key.name == "amax_rotated":
+        yes |= {"redux.sync.max.u32", "red.global.max.u32"}
+    if key.name == "quantize_tiles":
+        yes.add("shfl.sync.bfly.b32")
+    if key.name == "dequantize_blocks":
+        (yes if options["scaled"] else no).add("div.rn.f32")
+        packed = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
+        yes |= {packed[options["dtype"]]} if options["dtype"] in packed else set()
+        yes.add("st.global.v4.b32")
+    return yes, no
+
+
+def check(name, arch, artifacts):
+    key = EVERY[name]
+    ptx, cubin = artifacts(name, arch)
+    assert re.search(rf"^\.target {arch}\b", ptx, re.MULTILINE)
+    yes, no = expected_instructions(key)
+    assert not [part for part in yes if part not in ptx]
+    assert not [part for part in no if part in ptx]
+    threads = int(re.search(r"^\.reqntid (\d+)", ptx, re.MULTILINE)[1])
+    ctas = re.search(r"^\.minnctapersm (\d+)", ptx, re.MULTILINE)
+    promised = 1
+    if key.name == "quantize_filtered":
+        promised = host_quantize_filtered.ctas_per_sm(dict(key.options)["vector"])
+    assert (int(ctas[1]) if ctas else 1) == promised
+    found = _attributes(cubin)
+    assert set(found[FRAME]) == set(found[STACK]) == {0}, "a frame would be a spill"
+    # Registers are handed out to warps in units of 8 a thread.
+    assert 16 <= max(found[REGISTERS]) <= min(255, 65536 // (threads * promised) // 8 * 8)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", FEW)
+def test_fits_in_its_registers_and_converts_in_hardware(artifacts, name, arch):
+    check(name, arch, artifacts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", EVERY)
+def test_every_option_fits_in_its_registers(artifacts, name, arch):
+    check(name, arch, artifacts)
+
+
+def key_of_rows(rule):
+    options = ("nvfp4", rule, "nearest", "1d", False, False)
+    return TABLES["quantize"][0].key(torch.bfloat16, options)
+
+
+def test_cached_without_a_driver(tmp_path):
+    """The whole way: compile, keep, and load again what was kept."""
+    compiled = []
+
+    def compile(key, arch):
+        compiled.append(arch)
+        return build.object_file(key, arch)
+
+    def new():
+        return KernelCache(
+            compile=compile, load=build.load, folder=lambda: tmp_path, environment=lambda: ""
+        )
+
+    key = key_of_rows("static_6")
+    new().get(key, "sm_90a")
+    kernel = new().get(key, "sm_90a")
+    assert compiled == ["sm_90a"]
+    assert [Path(p).name.startswith("quantize_filtered-sm_90a-") for p in tmp_path.iterdir()] == [
+        True
+    ]
+    # Not a device tensor: checked by the code that was loaded, before any call of the driver.
+    x = torch.empty(8, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="device_type=cuda"):
+        host_quantize_filtered.launch(kernel, 132, key, x, torch.ones(()), None, 0)
+
+
+LAUNCHES = {
+    "quantize": lambda x: (x, torch.ones(()), torch.ones(1, dtype=torch.int64), 3),
+    "amax": lambda x: (x,),
+    "dequantize": lambda x: (x, torch.zeros(512), torch.ones(()), 60, 1.0, torch.float16),
+}
+OPTIONS = {
+    "quantize": ("mxfp4", "static_4", "stochastic", "1d", True, False),
+    "amax": (True,),
+    "dequantize": ("nvfp4", True, torch.float16),
+}
+
+
+@pytest.mark.parametrize("op", LAUNCHES)
+@pytest.mark.parametrize("shape", [(8, 64), (2, 8, 64)])
+def test_host_sides_call_what_they_compile(op, shape):
+    """The number, order and types of arguments: the compiled code looks at x last of all."""
+    dtype = torch.uint8 if op == "dequantize" else torch.float16
+    x = torch.empty(shape, dtype=dtype)
+    for entry in TABLES[op]:
+        if entry.refuses(NAMES[op], dtype, OPTIONS[op]) or entry.layout(x):
+            continue
+        key = entry.key(dtype, OPTIONS[op])
+        kernel = build.load(key, build.object_file(key, "sm_90a"))
+        with pytest.raises(ValueError, match="device_type=cuda"):
+            entry.launch(kernel, 132, key, *LAUNCHES[op](x))
+
+
+def test_an_unknown_architecture_is_an_error():
+    with pytest.raises(Exception, match="sm_999a"):
+        build.object_file(key_of_rows("static_6"), "sm_999a")

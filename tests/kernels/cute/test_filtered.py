@@ -1,0 +1,169 @@
+"""`filtered`, the fast choice between 4 and 6, on the numpy model of PTX.
+
+Under test: a block that it does not call `near` has the bits of the reference, whatever the data.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import ptx_model
+from fos_compile.kernels import formats
+
+pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
+from fos_compile.kernels.cute import contract, filtered
+
+BLOCKS = 1 << 15
+
+
+@pytest.fixture(autouse=True)
+def model(monkeypatch):
+    ptx_model.install(monkeypatch, contract, filtered)
+    with np.errstate(all="ignore"):
+        yield
+
+
+def gaussian(generator):
+    return torch.randn(BLOCKS, 16, generator=generator)
+
+
+def heavy_tailed(generator):
+    return gaussian(generator) * torch.exp(4 * torch.randn(BLOCKS, 1, generator=generator))
+
+
+def on_the_grid(generator):
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0])
+    return grid[torch.randint(9, (BLOCKS, 16), generator=generator)]
+
+
+def at_thresholds(generator):
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6])
+    signs = torch.randint(2, (BLOCKS, 16), generator=generator) * 2 - 1
+    return ties[torch.randint(8, (BLOCKS, 16), generator=generator)] * signs
+
+
+def next_to_thresholds(generator):
+    """Within a float16 rounding of a tie, where q may be on the wrong side."""
+    off = 1 + 2.0**-8 * torch.randint(-1, 2, (BLOCKS, 16), generator=generator)
+    return at_thresholds(generator) * off
+
+
+def sixteenths(generator):
+    return torch.randint(-96, 97, (BLOCKS, 16), generator=generator) / 16
+
+
+def mostly_tiny(generator):
+    """One large element, the others down to what float16 cannot hold beside it."""
+    x = gaussian(generator) * torch.exp2(torch.randint(-30, 1, (BLOCKS, 16), generator=generator))
+    x[:, 0] = 6.0
+    return x
+
+
+def sparse(generator):
+    return gaussian(generator) * (torch.rand(BLOCKS, 16, generator=generator) < 0.1)
+
+
+DATA = [
+    gaussian,
+    heavy_tailed,
+    on_the_grid,
+    at_thresholds,
+    next_to_thresholds,
+    sixteenths,
+    mostly_tiny,
+    sparse,
+]
+
+
+def quantize(x, amax, rule):
+    """(wrong, near) by block: against the reference, x [N, 16] bf16 read as rows of one block."""
+    words = np.ascontiguousarray(x.view(torch.int16).numpy()).view(np.uint32)
+    words = [ptx_model.clear_negative_zeros_bf16x2(words[:, i]) for i in range(8)]
+    rules = contract.Rules(scale_rule=rule)
+    tensor = contract.tensor_of(np.full(len(x), amax, np.float32), rules.qs)
+    mags = filtered.magnitudes(words)
+    if rules.adaptive:
+        exponents = np.uint32(filtered.HALF_EXPONENTS)
+        choice = filtered.adaptive(mags, tensor, exponents)
+    else:
+        choice = filtered.single(mags, tensor)
+    assert set(np.unique(choice.near)) <= {0, 1}, "the kernel keeps one bit"
+    low, high = filtered.codes(words, choice.inverse)
+    scale = np.asarray(choice.scale)
+    got = np.stack([np.where(scale != 0, word, 0) for word in (low, high)], -1).astype(np.uint32)
+    padded = torch.nn.functional.pad(x, (0, 48))
+    want, scales = torch.ops.fos.quantize(padded, torch.tensor(amax), scale_rule=rule)
+    want = np.ascontiguousarray(want[:, :8].numpy()).view(np.uint32)
+    wanted = formats.from_blocked(scales, len(x), 4)[:, 0].numpy()
+    return (got != want).any(-1) | (scale != wanted), choice.near != 0
+
+
+@pytest.mark.parametrize("rule", ["mse", "static_6"])
+@pytest.mark.parametrize("make", DATA)
+def test_wrong_only_where_it_says_so(make, rule):
+    x = make(torch.Generator().manual_seed(0)).bfloat16()
+    most = float(x.abs().max())
+    # Other tensor scales put the same block elsewhere on the grid; below the largest they saturate.
+    for amax in (most, most * 1.01, most * 1.7, most * 40, most / 3):
+        wrong, near = quantize(x, amax, rule)
+        assert not (wrong & ~near).any(), (x[wrong & ~near][:1], amax)
+
+
+@pytest.mark.parametrize("exponent", [-39, -20, 0, 40, 59])
+def test_holds_in_the_range_it_claims(exponent):
+    x = (gaussian(torch.Generator().manual_seed(0)) * 2.0**exponent / 5).bfloat16()
+    wrong, near = quantize(x, 2.0**exponent, "mse")
+    assert not (wrong & ~near).any()
+
+
+def test_few_gaussian_blocks_are_near_and_those_would_be_wrong():
+    """What the speed rests on, and that the bound is not idle: without it bits would differ."""
+    x = gaussian(torch.Generator().manual_seed(0)).bfloat16()
+    wrong, near = quantize(x, float(x.abs().max()), "mse")
+    assert near.mean() < 0.04
+    assert wrong.any()
+    assert not (wrong & ~near).any()
+    static_near = quantize(x, float(x.abs().max()), "static_6")[1]
+    assert static_near.mean() < 0.001
+
+
+def without_last(function):
+    return lambda values: function([*values[:-1], values[-1] * np.uint32(0)])
+
+
+def a_little_more(x, factor):
+    """Ties go up."""
+    return CODE(x, factor * np.float32(1 + 2**-20))
+
+
+CODE = filtered._code
+MUTANTS = {
+    "no band": (filtered, "BAND", 0.0),
+    "a narrow band": (filtered, "BAND", 0.0005),
+    "no slope": (filtered, "SLOPE", 0.0),
+    "a peak that forgets two elements": (filtered, "peak_bits", without_last(filtered.peak_bits)),
+    "a sum that forgets two elements": (filtered, "_total", without_last(filtered._total)),
+    "a wrong magic number": (filtered, "HALF_512", 0x5C005C00),
+    "a wrong shift of the codes": (filtered, "CODE_SHIFT", -20),
+    "ties up": (filtered, "_code", a_little_more),
+    "negative zeros kept": (ptx_model, "clear_negative_zeros_bf16x2", lambda a: a),
+    "signs kept in magnitudes": (filtered, "MAGNITUDES", 0xFFFF7FFF),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_comparison_sees(monkeypatch, mutant):
+    """Each of these mistakes makes a block wrong that is not called near."""
+    monkeypatch.setattr(*MUTANTS[mutant])
+    found = []
+    for make in DATA:
+        x = make(torch.Generator().manual_seed(0)).bfloat16()
+        most = float(x.abs().max())
+        for amax in (most, most * 1.01, most * 1.7, most * 40):
+            wrong, near = quantize(x, amax, "mse")
+            found.append(bool((wrong & ~near).any()))
+            if found[-1]:
+                return
+    raise AssertionError("nothing differs")

@@ -1,0 +1,238 @@
+"""Kernels of ``fos_compile.kernels.cute`` that compute with the reference, and guarded buffers.
+
+A stand-in has the signature of the compiled kernel and insists on what that one is promised: types,
+alignment, strides, the limits of a grid. It writes to the addresses that it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import math
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fos_compile.kernels import AMAX, DEQUANTIZE, QUANTIZE, formats, target
+from fos_compile.kernels.cute import host_quantize_filtered, launch, tables
+from fos_compile.kernels.cute.cache import KernelKey
+from fos_compile.kernels.op import Status
+
+GRID = 65535
+"""Limit of a grid along y and z."""
+
+
+def memory(address: int, size: int) -> Tensor:
+    """The bytes at an address."""
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
+
+
+def number(address: int, dtype: torch.dtype) -> Tensor:
+    """The number at an address."""
+    assert address % dtype.itemsize == 0
+    return memory(address, dtype.itemsize).view(dtype)
+
+
+def write(address: int, output: Tensor, alignment: int) -> None:
+    """Put what a kernel computes where it was told to."""
+    assert address % alignment == 0
+    data = output.reshape(-1).contiguous().view(torch.uint8)
+    memory(address, data.numel()).copy_(data)
+
+
+class Kernels:
+    """In place of the cache of compiled kernels; remembers who asked for what."""
+
+    def __init__(self) -> None:
+        self.compiled: list[KernelKey] = []
+        self.launched: list[KernelKey] = []
+
+    def get(self, key: KernelKey, arch: str) -> Any:
+        """A stand-in for `key`."""
+        assert arch == "sm_90a"
+        self.compiled.append(key)
+        compute = getattr(self, f"_{key.name}")
+
+        @torch.no_grad()
+        def kernel(*arguments: Any) -> None:
+            self.launched.append(key)
+            compute(key, *arguments)
+
+        return kernel
+
+    def names(self) -> list[str]:
+        """What ran, in order."""
+        return [key.name for key in self.launched]
+
+    def _quantize_filtered(
+        self,
+        key: KernelKey,
+        x: Tensor,
+        amax: int,
+        values: int,
+        scales: int,
+        counter: int,
+        rounds: int,
+        half_exponents: int,
+    ) -> None:
+        options: dict[str, Any] = dict(key.options)
+        check_matrix(key, x, 256, 1)
+        assert 1 <= rounds <= host_quantize_filtered.MAX_ROUNDS
+        assert x.dtype == torch.bfloat16
+        assert counter == 0 and half_exponents == host_quantize_filtered.HALF_EXPONENTS
+        outputs = QUANTIZE.reference(
+            x,
+            number(amax, torch.float32),
+            scale_rule=options["scale_rule"],
+            rht=options["rht"],
+        )
+        for address, output in zip((values, scales), outputs, strict=True):
+            write(address, output, 8)
+
+    def _quantize_blocks(
+        self,
+        key: KernelKey,
+        x: Tensor,
+        amax: int,
+        seed: int,
+        values: int,
+        scales: int,
+        stream: int,
+        rounds: int,
+    ) -> None:
+        options: dict[str, Any] = dict(key.options)
+        check_matrix(key, x, 4 * formats.WIDTH[options["format"]], rounds)
+        assert 0 <= stream < 2**32
+        given = None if options["rounding"] == "nearest" else number(seed, torch.int64)
+        names = ("format", "scale_rule", "rounding", "block", "rht")
+        outputs = QUANTIZE.reference(
+            x,
+            number(amax, torch.float32),
+            given,
+            **{name: options[name] for name in names},
+            stream=stream,
+        )
+        for address, output in zip((values, scales), outputs, strict=True):
+            write(address, output, 8)
+
+    _quantize_tiles = _quantize_blocks
+
+    def _amax_rotated(self, key: KernelKey, x: Tensor, amax: int, rounds: int) -> None:
+        check_matrix(key, x, 64, rounds)
+        assert number(amax, torch.float32) == 0
+        write(amax, AMAX.reference(x, True), 4)
+
+    def _dequantize_blocks(
+        self,
+        key: KernelKey,
+        values: Tensor,
+        scales: int,
+        amax: int,
+        qs: float,
+        out: int,
+        cols: int,
+        rounds: int,
+    ) -> None:
+        options: dict[str, Any] = dict(key.options)
+        batch, rows, half = values.shape
+        assert values.dtype == torch.uint8 and values.is_contiguous()
+        assert values.data_ptr() % 8 == 0 and half % 32 == 0 and batch <= GRID
+        check_rounds(half // (2 * formats.WIDTH[options["format"]]), rounds)
+        count = formats.scale_count(rows, 2 * half, options["format"])
+        output = DEQUANTIZE.reference(
+            values,
+            memory(scales, batch * count).view(batch, count),
+            number(amax, torch.float32) if options["scaled"] else None,
+            rows,
+            cols,
+            format=options["format"],
+            qs=qs,
+            dtype=getattr(torch, options["dtype"]),
+        )
+        write(out, output, 16)
+
+
+def check_matrix(key: KernelKey, x: Tensor, chunk: int, rounds: int) -> None:
+    """The promises of `host_general.fake_matrix`, and the limits of `tiles.grid_of`."""
+    assert str(x.dtype) == f"torch.{key.dtype}" and x.dim() == 3
+    options = dict(key.options)
+    size = x.element_size()
+    assert x.data_ptr() % size == 0
+    if options.get("vector"):
+        step = 16 // size
+        assert x.data_ptr() % 16 == 0 and x.stride(2) == 1
+        assert not x.shape[2] % step and not x.stride(0) % step and not x.stride(1) % step
+    if options.get("by_column"):
+        assert x.stride(1) == 1, "the loads of a warp would not be neighbours"
+    assert x.shape[0] <= GRID
+    check_rounds(-(-x.shape[2] // chunk), rounds)
+
+
+def check_rounds(chunks: int, rounds: int) -> None:
+    """Every chunk has a CTA, and a grid holds them."""
+    assert rounds >= 1 and -(-chunks // rounds) <= GRID
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Any device is an H100 with these kernels."""
+    kernels = Kernels()
+    monkeypatch.setattr(target, "status", lambda device: Status())
+    monkeypatch.setattr(target, "arch", lambda device: "sm_90a")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(launch, "KERNELS", kernels)
+    monkeypatch.setattr(launch, "_PLANS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    # Its own test runs it; here it would count as a launch.
+    monkeypatch.setattr(launch, "disagreement", lambda *arguments: "")
+    return kernels
+
+
+class Guarded:
+    """torch for a host side: its buffers begin poisoned and lie between zones that must stay."""
+
+    ZONE = 4096 + 16  # no more aligned than 16 bytes
+    POISON = 0xA5
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: Any) -> Tensor:
+        """In place of torch.empty."""
+        size = math.prod(shape) * dtype.itemsize
+        total = size + 2 * self.ZONE
+        whole = torch.full((total,), self.POISON, dtype=torch.uint8, device=device)
+        self.buffers.append((whole, size))
+        return whole[self.ZONE : self.ZONE + size].view(dtype).view(shape)
+
+    def zeros(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: Any) -> Tensor:
+        """In place of torch.zeros."""
+        return self.empty(shape, dtype=dtype, device=device).zero_()
+
+    def check(self) -> None:
+        """Nobody wrote beside a buffer."""
+        for whole, size in self.buffers:
+            zones = whole[: self.ZONE], whole[self.ZONE + size :]
+            assert all(bool((zone == self.POISON).all()) for zone in zones)
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[Guarded]:
+    """Buffers of every host side are guarded meanwhile, and looked at in the end."""
+    zones = Guarded()
+    with pytest.MonkeyPatch.context() as patch:
+        for entry in itertools.chain.from_iterable(tables.TABLES.values()):
+            patch.setitem(entry.launch.__globals__, "torch", zones)
+        yield zones
+    zones.check()
