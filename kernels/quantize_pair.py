@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fos_compile.kernels import formats
 from fos_compile.kernels import quantize as single
-from fos_compile.kernels.op import Cost, Example, Op, Status, define_op
+from fos_compile.kernels.op import Cost, Example, Op, Status, define_op, no_kernel
 
 SCHEMA = (
     "(Tensor x, Tensor amax_row, Tensor amax_col, Tensor? seed=None, *, str format='nvfp4', "
@@ -125,11 +125,13 @@ def supports(
     **options: object,
 ) -> Status:
     """Whether a device kernel serves this call: both of its orientations."""
+    quantizable = formats.dtype_status("quantize_pair", x.dtype)
+    if not quantizable or x.device.type != "cuda":
+        return quantizable and no_kernel("quantize_pair", x.device)
     row = single.supports(x, amax_row, seed, **options, rounding=rounding_row, rht=rht_row)
-    col = single.supports(
+    both = row and single.supports(
         x, amax_col, seed, **options, rounding=rounding_col, rht=rht_col, transpose=True
     )
-    both = row and col
     return both or Status(f"quantize_pair: {both.reason}")
 
 

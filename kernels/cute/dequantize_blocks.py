@@ -9,9 +9,6 @@ from cutlass.cute import arch
 from fos_compile.kernels import formats
 from fos_compile.kernels.cute import ptx, tiles
 
-AHEAD = 4
-"""Chunks that are loaded before the first is stored: 9 bytes each are too few to hide a load."""
-
 
 class DequantizeBlocks:
     """Kernel for one set of static options.
@@ -27,6 +24,8 @@ class DequantizeBlocks:
         self.scaled = scaled
         self.dtype = dtype
         self.width = formats.WIDTH[format]
+        # Chunks loaded before the first is stored: 9 bytes a thread are too few to hide a load.
+        self.ahead = 64 // self.width
 
     @cute.jit
     def __call__(
@@ -79,9 +78,9 @@ class DequantizeBlocks:
         source = values.iterator.toint() + line * values.shape[2]
         first = by * rounds
         last = cutlass.min(first + rounds, chunks)
-        for start in cutlass.range(first, last, AHEAD):
+        for start in cutlass.range(first, last, self.ahead):
             loaded = []
-            for i in cutlass.range_constexpr(AHEAD):
+            for i in cutlass.range_constexpr(self.ahead):
                 wanted = inside if start + i < last else Uint32(0)
                 col = ((start + i) * 4 + place.block) * self.width
                 words = [
@@ -121,19 +120,45 @@ class DequantizeBlocks:
         size = tiles.ELEMENT_BYTES[self.dtype]
         address = out + (line * cols + col) * size
         step = 16 // size
-        for start in cutlass.range_constexpr(0, 16, step):
-            at, some = address + start * size, numbers[start : start + step]
-            if cols % step == 0:  # whole vectors, aligned as the output is
-                wanted = inside if col + start < cols else Uint32(0)
-                ptx.store_v4(at, tiles.packed(some, self.dtype), wanted)
+        if cols % step == 0:  # whole vectors, aligned as the output is
+            words = tiles.packed(numbers, self.dtype)
+            if cutlass.const_expr(size == 2):
+                self.store_pair(address, col, cols, inside, words)
             else:
-                for i in cutlass.range_constexpr(step):
-                    wanted = inside if col + start + i < cols else Uint32(0)
-                    if cutlass.const_expr(size == 4):
-                        ptx.store_b32(at + i * size, ptx.bits(some[i]), wanted)
-                    else:
-                        word = tiles.packed([some[i], some[i]], self.dtype)[0]
-                        ptx.store_b16(at + i * size, word, wanted)
+                for i in cutlass.range_constexpr(4):
+                    wanted = inside if col + i * step < cols else Uint32(0)
+                    ptx.store_v4(address + 16 * i, words[4 * i : 4 * i + 4], wanted)
+        else:
+            for i in cutlass.range_constexpr(16):
+                wanted = inside if col + i < cols else Uint32(0)
+                if cutlass.const_expr(size == 4):
+                    ptx.store_b32(address + i * size, ptx.bits(numbers[i]), wanted)
+                else:
+                    word = tiles.packed([numbers[i], numbers[i]], self.dtype)[0]
+                    ptx.store_b16(address + i * size, word, wanted)
+
+    @cute.jit
+    def store_pair(
+        self, address: Int64, col: Int32, cols: Int32, inside: Uint32, words: cutlass.Constexpr
+    ) -> None:
+        """The 32 bytes of this thread and its neighbour, two halves at a time.
+
+        A store of 16 bytes by every thread would fill half of each 32-byte sector, and the other
+        half later: so the pair fills the sector of one, then that of the other.
+        """
+        odd = ptx.lane() & 1
+        low, high = words[:4], words[4:]
+        got = [
+            ptx.shuffle_xor(ptx.where_nonzero(odd, a, b), 1) for a, b in zip(low, high, strict=True)
+        ]
+        apart = self.width * 2
+        first = [ptx.where_nonzero(odd, theirs, a) for theirs, a in zip(got, low, strict=True)]
+        second = [ptx.where_nonzero(odd, b, theirs) for theirs, b in zip(got, high, strict=True)]
+        lane = Int32(odd)
+        even = address - lane * apart + 16 * lane
+        at = col - lane * self.width + 8 * lane
+        ptx.store_v4(even, first, inside if at < cols else Uint32(0))
+        ptx.store_v4(even + apart, second, inside if at + self.width < cols else Uint32(0))
 
 
 def decode(word: Any) -> list[Any]:

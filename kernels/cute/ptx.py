@@ -265,11 +265,14 @@ def from_e4m3x2(a: Any) -> Any:
 
 
 def load_stream_v4(address: Any, wanted: Any) -> tuple[Any, ...]:
-    """16 aligned bytes of global memory that nobody reads again, or zeros unless `wanted`."""
+    """16 aligned bytes of global memory, or zeros unless `wanted`.
+
+    Kept in L1 for a moment: a thread takes the other half of a 32-byte sector next.
+    """
     code = (
         "{ .reg .pred p; setp.ne.u32 p, {$r1}, 0; "
         "mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; mov.b32 {$w3}, 0; "
-        "@p ld.global.L1::no_allocate.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }"
+        "@p ld.global.L1::evict_first.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }"
     )
     return arch.inline_ptx(
         code, write_only_types=[Uint32] * 4, read_only_args=[address, _register(wanted)]

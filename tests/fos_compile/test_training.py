@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fos_compile
 from fos_compile.kernels.errors import InvalidArgument
-from fos_compile.training import NothingQuantized, TooManyVariants, TrainStep
+from fos_compile.training import NothingQuantized, TrainStep
 
 EAGER: dict[str, Any] = {"compiler": "eager", "strict": True}
 
@@ -313,56 +313,25 @@ def test_an_instance_that_cannot_be_referred_to_weakly_is_refused():
         _ = Slotted().step
 
 
-def test_every_step_of_a_factory_is_quantized():
-    """All functions of one factory share a code object, which Dynamo compiles 8 times."""
-
-    def make() -> tuple[nn.Module, Any]:
-        model = bf16(MLP())
-
-        def step(x: Tensor) -> None:
-            model(x).float().square().mean().backward()
-
-        return step_of(step, high_precision_steps=(1, 0), total_steps=2)
-
-    for _ in range(9):
-        step = make()
-        step(tokens_of())
-        step(tokens_of())
-        assert len(step.report.quantized) == 5
-
-
-def test_beyond_the_recompile_limit_a_step_is_refused():
-    model, step = bf16(MLP()), step_of(dynamic=False)
-    with pytest.raises(
-        TooManyVariants, match=r"'forward_backward' must compile at most 8 times.*dynamic=None"
-    ):
-        for length in range(2, 12):
-            step(model, tokens_of(length=length))
-    assert step.steps == 8
-    for length in range(2, 10):  # what has been compiled goes on
-        step(model, tokens_of(length=length))
-    with pytest.raises(TooManyVariants):
-        step(model, tokens_of(length=12))
-
-
-def test_an_optimizer_beyond_the_recompile_limit_does_not_stop_training():
-    """A scheduled float learning rate: Dynamo compiles 8 of them, then runs the rest as they are."""
-    torch.manual_seed(0)
+def test_two_micro_batches_before_the_optimizer():
+    """Both halves are quantized: the gradient is that of two steps with the same dice."""
     model = bf16(MLP())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    halves = tokens_of().chunk(2)
 
-    def forward_backward_step(x: Tensor) -> None:
-        model(x).float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def accumulate(model: nn.Module, halves: tuple[Tensor, Tensor]) -> None:
+        for half in halves:
+            forward_backward(model, half)
 
-    step = step_of(forward_backward_step)
-    before = [p.detach().clone() for p in model.parameters()]
-    for count in range(12):
-        optimizer.param_groups[0]["lr"] = 0.1 / (count + 1)
-        step(tokens_of())
-    assert step.steps == 12 and step._quantized.backend.quantized_runs == 12
-    assert not any(map(torch.equal, before, model.parameters()))
+    def gradients(step: Any, *batches: Any) -> Tensor:
+        torch.manual_seed(3)
+        model.zero_grad()
+        for batch in batches:
+            step(model, batch)
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    got = gradients(step_of(accumulate), halves)
+    assert torch.equal(got, gradients(step_of(), *halves))
+    assert not torch.equal(got, gradients(step_of(recipe="bf16"), *halves))
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD with a tensor"])
@@ -384,24 +353,3 @@ def test_a_changing_learning_rate_does_not_recompile_every_step(kind):
         moved.append(not torch.equal(before, weights(model)))
     assert counts[-1] == counts[1] and all(moved), counts
     assert len(step.report.quantized) == 5
-
-
-def test_two_micro_batches_before_the_optimizer():
-    """Both halves are quantized: the gradient is that of two steps with the same dice."""
-    model = bf16(MLP())
-    halves = tokens_of().chunk(2)
-
-    def accumulate(model: nn.Module, halves: tuple[Tensor, Tensor]) -> None:
-        for half in halves:
-            forward_backward(model, half)
-
-    def gradients(step: Any, *batches: Any) -> Tensor:
-        torch.manual_seed(3)
-        model.zero_grad()
-        for batch in batches:
-            step(model, batch)
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    got = gradients(step_of(accumulate), halves)
-    assert torch.equal(got, gradients(step_of(), *halves))
-    assert not torch.equal(got, gradients(step_of(recipe="bf16"), *halves))

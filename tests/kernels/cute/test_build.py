@@ -122,7 +122,7 @@ def expected_instructions(key):
     random = options.get("rounding", "nearest") != "nearest"
     (yes if random else no).add("mul.hi.u32")  # Philox
     if options.get("vector"):
-        yes.add("ld.global.L1::no_allocate.v4.b32")
+        yes.add("ld.global.L1::evict_first.v4.b32")
     if options.get("rht") or key.name == "amax_rotated":
         rounded = {"bfloat16": "cvt.rn.bf16.f32", "float16": "cvt.rn.f16.f32"}
         yes |= {rounded[key.dtype]} if key.dtype in rounded else set()
