@@ -75,7 +75,7 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
         """Compile one Dynamo graph; called by torch.compile."""
-        passes = GraphPasses(self.config, gm, example_inputs)
+        passes = GraphPasses(self.config, gm, example_inputs, is_fragment=self.fragment)
         key = report_cache.key(gm, example_inputs, passes.uuid)
         original = _copy(gm)  # compile_fx changes gm; a cache hit needs it to explain itself
         is_part = unquantized.is_part(gm)
@@ -120,9 +120,15 @@ class GraphPasses:
     """Our passes bound to one Dynamo graph: its inputs, its cache key and then its Report."""
 
     def __init__(
-        self, config: BackendConfig, gm: fx.GraphModule, example_inputs: Sequence[Any]
+        self,
+        config: BackendConfig,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        is_fragment: bool = False,
     ) -> None:
         self.config = config
+        self.is_fragment = is_fragment
         self.inputs = {
             index: origin
             for index, (node, example) in enumerate(
@@ -137,7 +143,7 @@ class GraphPasses:
         # A graph lowered without a device kernel would stay slow after there is one.
         devices = {x.device for x in example_inputs if isinstance(x, torch.Tensor)}
         served = sorted(f"{device.type}: {no_kernel('fos', device)}" for device in devices)
-        seen = (sorted(self.inputs.items()), self.is_backward, paths, served)
+        seen = (sorted(self.inputs.items()), self.is_backward, self.is_fragment, paths, served)
         self.uuid = digest(source_digest(), repr(config), *map(repr, seen))
         self.reports: list[Report] = []
         """One for the graph and for every nested region with its own joint graph."""
@@ -161,7 +167,10 @@ class GraphPasses:
             for node in graph.nodes:
                 node.meta["autograd_backward"] = True
         training = any(is_tangent(node) for node in graph.nodes)
-        report = rewrite(graph, self.config.pass_config(training=training), self.inputs)
+        config = self.config.pass_config(
+            training=training, given_weights=training or not self.is_fragment
+        )
+        report = rewrite(graph, config, self.inputs)
         self.reports.append(report)
         log.info("%s", report)
 

@@ -103,7 +103,7 @@ class BackendConfig:
                 f"mode={mode!r}, compiler={self.compiler!r}",
             )
 
-    def pass_config(self, *, training: bool) -> PassConfig:
+    def pass_config(self, *, training: bool, given_weights: bool = True) -> PassConfig:
         """What the passes read for a graph with (training) or without a backward."""
         recipe = self.recipe or (TRAINING if training else INFERENCE)
         return PassConfig(
@@ -113,6 +113,7 @@ class BackendConfig:
             min_weight_dim=self.min_weight_dim,
             save_packed_weights=self.save_packed_weights,
             lowering=self.lowering if self.compiler == "inductor" else "opaque",
+            given_weights=given_weights,
             strict=self.strict,
         )
 

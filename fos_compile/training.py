@@ -16,6 +16,7 @@ from fos_compile.backend import Backend
 from fos_compile.config import BackendConfig, parse_options
 from fos_compile.kernels.errors import InvalidArgument
 from fos_compile.kernels.own_code import own_code
+from fos_compile.passes.errors import warn
 from fos_compile.passes.recipe import Recipe
 from fos_compile.passes.report import Report
 from fos_compile.recipes import BF16, TRAINING
@@ -80,8 +81,8 @@ def train_step(
     Raises:
         InvalidArgument: unknown option or recipe, or ``high_precision_steps`` without a length.
         NothingQuantized: at the end of the first quantized step, if no matmul was quantized.
-        TooManyVariants: at the end of a step that ran in high precision, because Dynamo refused
-            to compile its forward once more.
+        TooManyVariants: at the end of the step whose forward Dynamo refused to compile once more,
+            so that it, or a part, ran in high precision. Later steps like it warn.
     """
     if fn is not None and not callable(fn):
         fix = "name the options: train_step(recipe=...)"
@@ -147,26 +148,37 @@ class _Variant:
         self.backend = Backend(config, fragment=True)
         self._compiled = torch.compile(own_code(fn), backend=self.backend, dynamic=dynamic)
         self._checked = not config.recipe.quantizes
-        self._limited = False
+        self._usual_runs = 0
+        self._limited = self._warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         ran, refused = self.backend.quantized_runs, _refused_compilations()
         result = self._compiled(*args, **kwargs)
         if not self._checked:
             self._check()
-        # Beyond its limit Dynamo runs what it has compiled and the rest as it is. An optimizer may
-        # end up there (its learning rate is a constant to Dynamo), the forward must not.
-        self._limited = self._limited or _refused_compilations() > refused
-        if self._limited and self.recipe.quantizes and self.backend.quantized_runs == ran:
-            raise self._too_many()
+        if self.recipe.quantizes:
+            hit = _refused_compilations() > refused
+            self._watch(self.backend.quantized_runs - ran, hit=hit)
         return result
+
+    def _watch(self, runs: int, *, hit: bool) -> None:
+        """Beyond its limit Dynamo runs what it has compiled and the rest as it is. An optimizer may
+        end up there (its learning rate is a constant to Dynamo), the forward must not."""
+        self._limited = self._limited or hit
+        if not self._limited:
+            self._usual_runs = max(self._usual_runs, runs)
+        elif runs < self._usual_runs and hit:
+            raise self._too_many()
+        elif runs < self._usual_runs and not self._warned:
+            self._warned = True  # a step may also do less on purpose
+            warn(str(self._too_many()))
 
     def _too_many(self) -> TooManyVariants:
         limit = torch._dynamo.config.recompile_limit
         return TooManyVariants(
             f"train_step: {self.name!r} must compile at most {limit} times, got one more, and ran "
-            "in high precision; let sizes be symbolic (dynamic=None), use one step for several "
-            "models, or raise torch._dynamo.config.recompile_limit"
+            "a part in high precision; let sizes be symbolic (dynamic=None), use one step for "
+            "several models, or raise torch._dynamo.config.recompile_limit"
         )
 
     def _check(self) -> None:

@@ -123,7 +123,12 @@ def _no_parameter(site: MatmulSite, config: PassConfig) -> Rejection | None:
     # A graph cannot tell q and k that it is given from x and a weight that it is given; it can tell
     # them once one was computed, from the other or from something else than a parameter.
     batched = site.node.target in _BATCHED
-    if site.role != "fprop" or site.weight is not None or (site.functional and not batched):
+    if site.role != "fprop":
+        return None
+    if site.weight is not None and site.a.root is site.b.root:
+        return Rejection(code="no_parameter", text="product of a tensor with itself (similarities)")
+    given = site.functional and config.given_weights and not batched
+    if site.weight is not None or given:
         return None
     if any(_looks_up_parameter(operand.root) for operand in site.operands):
         text = "product with a part of a parameter picked by index (gathered experts)"

@@ -170,5 +170,8 @@ class PassConfig:
     Saves one read of W a step, costs 0.28x of its bf16 bytes until the backward."""
     lowering: Lowering = "outline"
     """What becomes of an operator that no device kernel serves, after partitioning."""
+    given_weights: bool = True
+    """Whether a tensor that a graph is given, and that is no parameter, may be a weight. Not in the
+    part of a training step behind its backward, where optimizers do their arithmetic."""
     strict: bool = False
     """Raise when a pass fails, instead of warning and keeping the untouched graph."""

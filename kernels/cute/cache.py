@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fos_compile.kernels import target
+from fos_compile.kernels import formats, target
 
 FORMAT = 1
 _MAGIC = b"fos-cute %d\n" % FORMAT
@@ -140,7 +140,7 @@ def _digest(identity: bytes, code: bytes) -> bytes:
 def environment() -> str:
     """Our device code, the compiler's versions and the processor that host code is made for."""
     fingerprint = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in (*sorted(Path(__file__).parent.glob("*.py")), Path(formats.__file__)):
         content = source.read_bytes()
         fingerprint.update(b"%s %d\n" % (source.name.encode(), len(content)) + content)
     versions = (f"{package} {_version(package)}" for package in _PACKAGES)

@@ -84,6 +84,8 @@ def rounds(bands: int, chunks: int, resident: int) -> int:
     time: dict[int, float] = {}
     for most in range(1, MAX_ROUNDS + 1):
         ctas = -(-total // most)
+        if ctas > general.MAX_GRID_YZ:
+            continue
         turns = -(-total // ctas)
         waves = -(-ctas * 16 * bands // resident)
         time[turns] = waves * (turns + _START)

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 VECTOR_BYTES = 16
+MAX_ROWS = 2**31 - 2**16
+MAX_COLS = 2**28
+"""What the grids of the kernels hold, and int32 indices with room for what is loaded ahead."""
 MAX_BATCH = 65535
 """What a grid holds along z."""
 
@@ -33,6 +36,11 @@ def anything(x: Tensor) -> str:
     # A symbolic batch is taken to be small; the call itself looks again.
     if x.dim() == 3 and type(x.shape[0]) is int and x.shape[0] > MAX_BATCH:
         return f"x must have at most {MAX_BATCH} batches, got {list(x.shape)}"
+    for name, size, most in zip(
+        ("rows", "columns"), x.shape[-2:], (MAX_ROWS, MAX_COLS), strict=True
+    ):
+        if type(size) is int and size > most:
+            return f"x must have at most {most} {name}, got {list(x.shape)}"
     return ""
 
 

@@ -84,12 +84,13 @@ def test_every_field_of_a_recipe_changes_the_cache_key(field):
 
 
 def test_every_field_of_the_pass_config_comes_from_an_option():
-    """A field that no option reaches could change a graph without changing its cache key."""
+    """A field that no option reaches could change a graph without changing its cache key; the kind
+    of the graph, which `given_weights` comes from, is in the key beside the options."""
     default = BackendConfig().pass_config(training=False)
     changed = BackendConfig(
         recipe=OTHER_RECIPE, overrides=(("up", OTHER_RECIPE),), skip=("up",), min_weight_dim=1,
         save_packed_weights=True, lowering="opaque", strict=True,
-    ).pass_config(training=False)  # fmt: skip
+    ).pass_config(training=False, given_weights=False)  # fmt: skip
     for field in dataclasses.fields(PassConfig):
         assert getattr(default, field.name) != getattr(changed, field.name), field.name
 
@@ -106,6 +107,10 @@ def test_module_paths_and_parameters_change_the_cache_key():
     assert GraphPasses(config, first, [x]).uuid != GraphPasses(config, second, [x]).uuid
     as_parameter = GraphPasses(config, first, [nn.Parameter(x)]).uuid
     assert as_parameter != GraphPasses(config, first, [x]).uuid
+    assert (
+        GraphPasses(config, first, [x], is_fragment=True).uuid
+        != GraphPasses(config, first, [x]).uuid
+    )
 
 
 @pytest.mark.parametrize(

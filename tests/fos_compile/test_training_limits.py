@@ -10,6 +10,7 @@ from models import MLP, bf16, tokens_of
 from torch import Tensor, nn
 
 import fos_compile
+from fos_compile.passes.errors import FosCompileWarning
 from fos_compile.training import TooManyVariants
 
 
@@ -51,8 +52,53 @@ def test_beyond_the_recompile_limit_a_step_is_refused():
     assert step.steps == 8
     for length in range(2, 10):  # what has been compiled goes on
         step(model, tokens_of(length=length))
-    with pytest.raises(TooManyVariants):
+    with pytest.warns(FosCompileWarning, match="ran a part in high precision"):
         step(model, tokens_of(length=12))
+
+
+def test_a_step_of_which_a_part_is_refused_is_refused():
+    """The forward breaks in two, and the second half is compiled for every scale."""
+    model = bf16(MLP())
+
+    def step(x: Tensor, scale: float) -> None:
+        h = model(x)
+        torch._dynamo.graph_break()
+        (model(h) * scale).float().square().mean().backward()
+
+    step = step_of(step, dynamic=False)
+    with pytest.raises(TooManyVariants):
+        for count in range(12):
+            step(tokens_of(), 1.0 + count)
+
+
+def test_a_step_that_does_less_on_purpose_is_none_of_ours():
+    model, optimizer_only = bf16(MLP()), []
+
+    def step(x: Tensor) -> None:
+        if not optimizer_only:
+            model(x).float().square().mean().backward()
+
+    step = step_of(step)
+    step(tokens_of())
+    optimizer_only.append(True)
+    step(tokens_of())
+    assert step.steps == 2
+
+
+def test_an_optimizer_behind_a_break_is_not_quantized():
+    """Arithmetic on what was a gradient before the break, with state that the graph is given."""
+    model = bf16(MLP())
+    state = torch.randn(64, 64).bfloat16()
+
+    def step(x: Tensor) -> Tensor:
+        model(x).float().square().mean().backward()
+        gradient = model.up.weight.grad[:64, :64]
+        gradient.float().norm().item()
+        return state @ gradient
+
+    step = step_of(step)
+    step(tokens_of())
+    assert len(step.report.quantized) == 5
 
 
 def test_an_optimizer_beyond_the_recompile_limit_does_not_stop_training():

@@ -151,6 +151,15 @@ def similarity(x):
     return x.sigmoid() @ x.relu().mT
 
 
+def test_rejects_a_product_of_a_parameter_with_itself():
+    """A penalty on what is not orthogonal, which lives on small differences."""
+    weight = nn.Parameter(torch.randn(64, 128).bfloat16())
+    captured = Captured(lambda x: weight @ weight.mT + x, torch.ones(1))
+    decisions = [d for _, d in decided(captured, recipe="nvfp4")]
+    assert {code(d) for d in decisions} == {"no_parameter"}
+    assert all("with itself" in d.text for d in decisions)
+
+
 @pytest.mark.parametrize("function", [newton_schulz, unbatched_attention, similarity])
 def test_rejects_products_of_two_activations(function):
     x = tokens_of()[0].repeat(4, 1)

@@ -8,6 +8,7 @@ import torch
 import stand_ins
 from fos_compile.kernels import QUANTIZE
 from fos_compile.kernels.cute import host_quantize_filtered as host
+from fos_compile.kernels.cute import layout
 from fos_compile.kernels.cute.tables import TABLES
 
 AMAX = torch.tensor(4.5)
@@ -112,6 +113,15 @@ def test_rounds_are_no_worse_than_what_was_best_on_an_h100(rows, cols, measured)
     chosen = rounds(*shape)
     assert time(*shape, chosen) <= 1.03 * time(*shape, measured)
     assert chosen == min(measured, cols // 256) or cols == 14336
+
+
+def test_the_widest_matrix_fits_in_a_grid():
+    chunks = layout.MAX_COLS // 64
+    for sms in (1, 132):
+        turns = rounds(1, chunks, sms)
+        assert -(-chunks // (4 * turns)) <= 65535
+    assert layout.anything(torch.empty(1, 2 * layout.MAX_COLS, device="meta"))
+    assert layout.anything(torch.empty(2**31, 8, device="meta"))
 
 
 def test_few_rows_are_spread_over_the_device():
