@@ -207,7 +207,8 @@ def undecided(case: Case) -> float | None:
     count = torch.zeros(1, dtype=torch.int32, device="cuda")
     x, amax, _ = one(case.shape)
     kernel = build.counting(key, target.arch(x.device), count.data_ptr())
-    host_quantize_filtered.launch(kernel, 132, key, x, amax, None, 0)
+    num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+    host_quantize_filtered.launch(kernel, num_sms, key, x, amax, None, 0)
     return count.item() * 16 / x.numel()
 
 

@@ -22,9 +22,8 @@ of the blocks of a Gaussian. FLOOR covers what is absolute in the above. The con
 roundings matter 1e-6 of an error as long as no square is subnormal: all of this holds for an amax
 in `contract.MIDRANGE_AMAX`.
 
-A wider filter loses: a second float16 for `rest` costs 16 instructions a block and makes blocks
-near for another reason, since q is then not nearest to what d is measured from (H100, 2026-11: 3.4%
-of the blocks near, 30 instructions an element instead of 26).
+A second float16 for `rest` was tried: 16 instructions a block more, and blocks become near for
+another reason, since q is then not nearest to what d is measured from (3.4% of a Gaussian's).
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +31,6 @@ from typing import Any, NamedTuple
 from fos_compile.kernels.cute import ptx
 from fos_compile.kernels.cute.contract import EXPONENT, MIDRANGE, Tensor
 
-HALF_EXPONENTS = 0x7C007C00
 HALF_512 = 0x60006000
 MAGNITUDES = 0x7FFF7FFF
 BAND = 0.0054
@@ -70,8 +68,8 @@ def peak_bits(mags: list[Any]) -> Any:
 def adaptive(mags: list[Any], tensor: Tensor, half_exponents: Any) -> Choice:
     """Choose between 4 and 6 by mse for packed bf16 magnitudes, or say `near`.
 
-    `half_exponents` is HALF_EXPONENTS in a register that the assembler cannot see through:
-    (z & mask) | 512 is one instruction only if one of its constants is in a register.
+    `half_exponents` is 0x7C007C00 in a register that the assembler cannot see through: (z & mask) |
+    512 is one instruction only if one of its constants is in a register.
     """
     peak = peak_bits(mags)
     scales = candidate_scales(peak, tensor)

@@ -11,6 +11,7 @@ from fos_compile.kernels.cute import host_general as general
 from fos_compile.kernels.cute.cache import Kernel, KernelKey
 
 HALF_EXPONENTS = 0x7C007C00
+"""Exponent bits of two float16: an argument, because `filtered` needs them in a register."""
 MAX_ROUNDS = 32
 """The kernel keeps a bit a round."""
 _START, _NEAR, _BEST_ROUNDS = 0.5, 0.03, 16

@@ -67,7 +67,7 @@ class QuantizeFiltered:
         scales: Int64,  # address of uint8 [B, L]
         undecided: Int64,  # address of int32 [1] to add to; anything unless `count`
         rounds: Int32,
-        half_exponents: Uint32,  # filtered.HALF_EXPONENTS
+        half_exponents: Uint32,  # of host_quantize_filtered
         stream: Any,
     ) -> None:
         """Launch on `stream`."""

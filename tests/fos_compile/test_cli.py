@@ -83,7 +83,7 @@ def test_bad_arguments_name_the_valid_ones(arguments, message):
     assert message in result.output
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU machine the device is valid")
 def test_a_device_that_is_not_there_is_refused():
     assert "got 'cuda'" in run("demo", "--device", "cuda").output
 

@@ -75,10 +75,6 @@ def floor(a):
     return np.floor(_f32(a))
 
 
-def truncate(a):
-    return np.where(np.isnan(_f32(a)), F32(0), np.clip(_f32(a), 0, 2**31)).astype(U32)
-
-
 def to_float(a):
     return np.asarray(a, U32).astype(F32)
 
@@ -139,10 +135,6 @@ def hsub2(a, b):
 
 def hfma2(a, b, c):
     return _pack(_halves(a) * _halves(b) + _halves(c))
-
-
-def hmax2(a, b):
-    return _pack(np.fmax(_halves(a), _halves(b)))
 
 
 def hneg2(a):

@@ -13,8 +13,8 @@ import torch
 
 from cute_cases import covering, valid
 
-pytest.importorskip("cutlass")
-pytest.importorskip("tvm_ffi")
+pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
+pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is installed on Linux only")
 
 from fos_compile.kernels import formats
 from fos_compile.kernels.cute import build, host_quantize_filtered
