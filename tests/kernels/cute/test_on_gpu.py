@@ -1,6 +1,6 @@
 """Bits of the compiled kernels on a GPU; elsewhere the same tests run on stand-ins of them.
 
-What only a GPU can show, streams, graphs, devices, host time, is skipped elsewhere.
+What only a GPU can show, streams, graphs, devices, is skipped elsewhere.
 """
 
 from __future__ import annotations
