@@ -57,6 +57,11 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     return _emit("fma.rn.f32 {$w0}, @;", Float32, a, b, c)
 
 
+def add_down(a: Any, b: Any) -> Any:
+    """a + b, rounded down."""
+    return _emit("add.rm.f32 {$w0}, @;", Float32, a, b)
+
+
 def div(a: Any, b: Any) -> Any:
     """a / b, correctly rounded."""
     return _emit("div.rn.f32 {$w0}, @;", Float32, a, b)
@@ -150,6 +155,11 @@ def hsub2(a: Any, b: Any) -> Any:
 def hfma2(a: Any, b: Any, c: Any) -> Any:
     """a * b + c, one rounding a half."""
     return _emit("fma.rn.f16x2 {$w0}, @;", Uint32, a, b, c)
+
+
+def hfma2_relu(a: Any, b: Any, c: Any) -> Any:
+    """max(a * b + c, 0), one rounding a half."""
+    return _emit("fma.rn.relu.f16x2 {$w0}, @;", Uint32, a, b, c)
 
 
 def hneg2(a: Any) -> Any:

@@ -47,6 +47,12 @@ def fma(a, b, c):
     return _rounded(s, (p - (s - t)) + (c - t))
 
 
+def add_down(a, b):
+    exact = np.asarray(_f32(a), np.float64) + _f32(b)  # exact where exponents differ by 28 at most
+    near = exact.astype(F32)
+    return np.where(near > exact, np.nextafter(near, F32(-np.inf)), near)
+
+
 def div(a, b):
     return _f32(a) / _f32(b)
 
@@ -135,6 +141,10 @@ def hsub2(a, b):
 
 def hfma2(a, b, c):
     return _pack(_halves(a) * _halves(b) + _halves(c))
+
+
+def hfma2_relu(a, b, c):
+    return _pack(np.maximum(_halves(a) * _halves(b) + _halves(c), 0))
 
 
 def hneg2(a):
