@@ -1,0 +1,99 @@
+"""A tile of 128x128 bf16 in shared memory, from which both orientations are quantized.
+
+The tile is copied asynchronously, 16 bytes a thread, zeros outside the matrix, and read in blocks
+of 16 along a row or down a column. The chunk c of 16 bytes of row r lies at
+
+    256 r + 128 (c % 2) + 16 ((c / 2) ^ (r % 8) ^ 2 (r / 16 % 4))
+
+which keeps three ways of reading free of bank conflicts: the 8 blocks of a row by 8 lanes, a block
+of 8 rows by 8 lanes, and 32-bit pairs of 8 neighbouring words in the same row of 4 groups of 16
+rows by a warp.
+"""
+
+from typing import Any
+
+import cutlass
+from cutlass import Int32, Int64, Uint32, cute
+
+from fos_compile.kernels.cute import ptx, shared
+
+SIDE = 128
+"""Rows and columns of a tile."""
+THREADS = 256
+TILE_BYTES = SIDE * SIDE * 2
+SCALE_BYTES = 1024
+"""Scales of one orientation of a tile: two of 128 x 4 in the blocked layout."""
+
+
+@cute.jit
+def copy_tile(
+    tile: Uint32,  # shared address, a multiple of 128
+    x: cute.Tensor,  # [B, R, C] bfloat16, columns contiguous, everything a multiple of 16 bytes
+    batch: Int32,
+    top: Int32,
+    left: Int32,
+    tid: Int32,
+) -> None:
+    """Begin to copy the tile at row `top`, column `left`; `shared.wait_copies` ends it."""
+    # 8 lanes take the even chunks of half a row, the next 8 the odd ones: no conflicts in the tile,
+    # and together all 256 bytes.
+    chunk = (tid & 7) * 2 + ((tid >> 3) & 1)
+    col = left + chunk * 8
+    base = x.iterator.toint() + (Int64(batch) * x.stride[0] + col) * 2
+    for j in cutlass.range_constexpr(SIDE * 16 // THREADS):
+        row = (tid >> 4) + j * (THREADS // 16)
+        wanted = Uint32(0)
+        if top + row < x.shape[1] and col < x.shape[2]:
+            wanted = Uint32(1)
+        source = base + Int64(top + row) * x.stride[1] * 2
+        shared.copy_async_16(tile + Uint32(place_of_chunk(row, chunk)), source, wanted)
+
+
+def place_of_chunk(row: Any, chunk: Any) -> Any:
+    """Byte offset in the tile of 8 columns of a row."""
+    return row * 256 + (chunk & 1) * 128 + (((chunk >> 1) ^ swizzle(row)) << 4)
+
+
+def swizzle(row: Any) -> Any:
+    """What a row adds (exclusive or) to the number of a block."""
+    return (row & 7) ^ (((row >> 4) & 3) << 1)
+
+
+def row_block(tile: Any, row: Any, block: Any) -> list[Any]:
+    """The 16 bf16 of a block of 16 columns, eight words."""
+    at = tile + Uint32(place_of_chunk(row, block * 2))
+    return [*shared.load_v4(at), *shared.load_v4(at + 128)]
+
+
+def column_pair(tile: Any, group: Any, pair: Any) -> tuple[list[Any], list[Any]]:
+    """The 16 bf16 of rows 16 group, ... of columns 2 pair and 2 pair + 1, eight words each."""
+    chunk = pair >> 2
+    # Rows of a group share bits 1 and 2 of the swizzle; bits 4 to 6 of the address take the rest.
+    corner = place_of_chunk(group * 16, chunk) + (pair & 3) * 4
+    at = tile + Uint32(corner)
+    rows = [shared.load_b32((at ^ ((i & 7) << 4)) + i * 256) for i in range(16)]
+    even = [ptx.prmt(rows[i], rows[i + 1], 0x5410) for i in range(0, 16, 2)]
+    odd = [ptx.prmt(rows[i], rows[i + 1], 0x7632) for i in range(0, 16, 2)]
+    return even, odd
+
+
+def place_of_scale(row: Any, block: Any) -> Any:
+    """Byte offset of a scale among the `SCALE_BYTES` of a tile: row and block in 0-127, 0-7."""
+    return (block >> 2) * 512 + (row & 31) * 16 + (row >> 5) * 4 + (block & 3)
+
+
+@cute.jit
+def write_scales(
+    staged: Uint32,  # shared address of SCALE_BYTES
+    scales: Int64,  # address of the scales of a batch
+    band: Int32,  # which 128 rows
+    chunk: Int32,  # first of two chunks of 64 columns
+    chunks: Int32,  # of a row
+    lane: Int32,  # 0-63
+) -> None:
+    """Copy the scales of a tile to where they belong, 64 threads of 16 bytes."""
+    mine = chunk + (lane >> 5)
+    exists = Uint32(1) if mine < chunks else Uint32(0)
+    words = shared.load_v4(staged + Uint32(lane * 16))
+    to = scales + (Int64(band) * chunks + mine) * 512 + (lane & 31) * 16
+    ptx.store_v4(to, list(words), exists)
