@@ -1,0 +1,165 @@
+"""A block of 16 bf16 by an approximation that knows when it cannot tell: stochastic rounding.
+
+As `filtered`, for the expected error of mse (docs/contract.md section 4), g(y) = (y - low)(high - y)
+for y below 6 and (y - 6)^2 above. With d the distance to the nearest grid point and s the step that
+is |d| (s - |d|): |d| may err by much where y is halfway between two, but there g is flat. In units
+of y, with f the float16 of the factor r, `rest` = r - f, N the sum of the squares of x and y' = x f:
+
+* Roundings of d, s - |d| and of five sums: 7 * 2^-11 of the error at most.
+* g is Lipschitz with the step, at most sqrt(1/4 + y^2/4), so y' costs at most the sum of
+  |rest| x sqrt(1/4 + y^2/4) <= |rest| / r * sqrt(A (4 + A/4)), A = r^2 N (Cauchy), which is below
+  |rest| / r * (0.5015 A + 3.71) (its tangent). Since x is scaled so that its largest is below 2
+  and goes to at least 3.7, 1 / r is at most 0.54: |rest| (0.5015 r N + 2).
+* The step: y' within 2^-10 below 2 or 4 is taken for what lies above. That is off by 2^-11 and 2^-10
+  an element, of which there are at most 16 and whose squares are part of A. The most that a linear
+  program allows is 0.0052 + 4.1e-5 A.
+* Magnitudes below 2^-14 in float16 (units of x) are off by 2^-15: 0.0017 for 16 of them.
+
+All of these times the square of the scale.
+"""
+
+from typing import Any
+
+from fos_compile.kernels.cute import contract, ptx
+from fos_compile.kernels.cute.contract import EXPONENT, MIDRANGE, Tensor
+from fos_compile.kernels.cute.filtered import HALF_512, MAGNITUDES, Choice, peak_bits
+
+BAND = 0.00345
+DRIFT, DRIFT_FLOOR = 0.505, 2.0
+STEP, FLOOR = 4.2e-5, 0.0072
+MINUS_6 = 0xC600C600
+HALF_2_TO_MINUS_10 = 0x14001400
+HALF_2_TO_MINUS_15 = 0x02000200
+FLOAT_2_23 = 0x4B000000
+UNBIASED = "stochastic_unbiased"
+
+
+def choose(mags: list[Any], tensor: Tensor, rules: contract.Rules, half_exponents: Any) -> Choice:
+    """The candidate of mse or static_6 for packed bf16 magnitudes, or `near`.
+
+    Args:
+        mags: eight words of `filtered.magnitudes`.
+        tensor: of `contract.tensor_of` with the `qs` of the rules.
+        rules: mse or static_6, rounding stochastic or stochastic_unbiased, 1d.
+        half_exponents: see `filtered.adaptive`.
+    """
+    peak = peak_bits(mags)
+    s = ptx.mul(MIDRANGE.quotient(ptx.real(peak), rules.value_max), tensor.encode)
+    scales = ptx.e4m3x2(s, ptx.mul(s, 1.5))
+    scale6, scale4 = ptx.widen(ptx.from_e4m3x2(scales))
+    inverse6 = MIDRANGE.reciprocal(ptx.mul(tensor.decode, scale6))
+    byte6, byte4 = scales & 0xFF, scales >> 8
+    if not rules.adaptive:
+        saturated = ptx.where_below(byte6, 0x7E, 0, 1)
+        inverse = ptx.real(ptx.where_nonzero(byte6, ptx.bits(inverse6), 0))
+        return Choice(inverse=inverse, scale=byte6, near=saturated)
+    inverse4 = MIDRANGE.reciprocal(ptx.mul(tensor.decode, scale4))
+
+    exponent = peak & EXPONENT
+    shift = 15 * 128 - (exponent >> 16)  # of the bf16 patterns, to biased exponent 15
+    x = [ptx.add_relu_s16x2(m, ptx.prmt(shift, shift, 0x1010)) << 3 for m in mags]
+    tiny = [ptx.hmul2(pair, ptx.u32(HALF_2_TO_MINUS_15)) for pair in x]
+    norm = _norm(x)
+    unshift = ptx.real(exponent)
+    # Only candidate 6 exceeds 6: by the rounding of its scale, which unbiased rounding forestalls.
+    over = rules.rounding != UNBIASED
+    r6, r4 = ptx.mul(inverse6, unshift), ptx.mul(inverse4, unshift)
+    error6, bound6 = _error(x, tiny, r6, norm, half_exponents, over=over)
+    error4, bound4 = _error(x, tiny, r4, norm, half_exponents, over=False)
+
+    square6, square4 = ptx.mul(scale6, scale6), ptx.mul(scale4, scale4)
+    total6, total4 = ptx.mul(error6, square6), ptx.mul(error4, square4)
+    gap = ptx.absolute(ptx.sub(total4, total6))
+    band = ptx.fma(bound6, square6, ptx.mul(bound4, square4))
+    clear = ptx.where_less(band, gap, 0, 1)
+    # 6 subnormal (but not a block of zeros) or 4 saturated, as infinities and NaN are.
+    odd = ptx.where_below(byte6, 8, 1, ptx.where_below(byte4, 0x7E, 0, 1))
+    bits6, bits4 = ptx.bits(inverse6), ptx.bits(inverse4)
+    chosen = ptx.where_less(total4, total6, bits4, bits6)
+    return Choice(
+        inverse=ptx.real(ptx.where_nonzero(byte4, chosen, 0)),
+        scale=ptx.where_less(total4, total6, byte4, byte6),
+        near=ptx.where_nonzero(byte4, clear | odd, 0),
+    )
+
+
+def _error(
+    x: list[Any], tiny: list[Any], r: Any, norm: Any, exponents: Any, *, over: bool
+) -> tuple[Any, Any]:
+    """Expected error of a candidate in units of y, and by how much that may be off."""
+    factor = ptx.half2(r, r)
+    minus = ptx.hneg2(factor)
+    sums: list[Any] = [None, None]
+    beyond: list[Any] = [None, None]
+    for i, pair in enumerate(x):
+        # The exponent of 2^-15 y tells the step, see `filtered._error`.
+        magic = (ptx.hmul2(tiny[i], factor) & exponents) | HALF_512
+        q = ptx.hsub2(ptx.hfma2(pair, factor, magic), magic)
+        d = ptx.hfma2(pair, minus, q) & MAGNITUDES
+        if over:
+            excess = ptx.hfma2_relu(pair, factor, ptx.u32(MINUS_6))
+            d = ptx.hsub2(d, excess)  # 0 above 6, where q is 6
+            beyond[i % 2] = _add_product(excess, excess, beyond[i % 2])
+        up = ptx.hfma2(magic, ptx.u32(HALF_2_TO_MINUS_10), ptx.hneg2(d))
+        sums[i % 2] = _add_product(d, up, sums[i % 2])
+    error = _widened(sums)
+    if over:
+        error = ptx.add(error, _widened(beyond))
+    rest = ptx.absolute(ptx.sub(r, ptx.widen(factor)[0]))
+    length = ptx.mul(r, norm)
+    drift = ptx.mul(rest, ptx.fma(length, DRIFT, DRIFT_FLOOR))
+    floor = ptx.fma(ptx.mul(length, r), STEP, FLOOR)
+    return error, ptx.fma(error, BAND, ptx.add(drift, floor))
+
+
+def _norm(x: list[Any]) -> Any:
+    sums: list[Any] = [None, None]
+    for i, pair in enumerate(x):
+        sums[i % 2] = _add_product(pair, pair, sums[i % 2])
+    return _widened(sums)
+
+
+def _add_product(a: Any, b: Any, total: Any) -> Any:
+    return ptx.hmul2(a, b) if total is None else ptx.hfma2(a, b, total)
+
+
+def _widened(sums: list[Any]) -> Any:
+    low, high = ptx.widen(ptx.hadd2(sums[0], sums[1]))
+    return ptx.add(low, high)
+
+
+def codes(words: list[Any], inverse: Any, dice: list[Any]) -> tuple[Any, Any]:
+    """Stochastically rounded E2M1 codes of 16 packed bf16: two words of nibbles.
+
+    Args:
+        words: packed bf16 without -0.
+        inverse: float32; signs survive 0, so the caller clears blocks of scale 0.
+        dice: the four words of `contract.philox`.
+    """
+    return _word(words[:4], inverse, dice[:2]), _word(words[4:], inverse, dice[2:])
+
+
+def _word(words: list[Any], inverse: Any, dice: list[Any]) -> Any:
+    pairs = []
+    for i, w in enumerate(words):
+        even = _code(ptx.real(w << 16), inverse, dice[i // 2], 2 * i % 4)
+        odd = _code(ptx.real(w & ptx.u32(0xFFFF0000)), inverse, dice[i // 2], (2 * i + 1) % 4)
+        pairs.append(even + (odd << 4))
+    low, high = ptx.prmt(pairs[0], pairs[1], 0x0040), ptx.prmt(pairs[2], pairs[3], 0x0040)
+    word = ptx.prmt(low, high, 0x5410)
+    # Selectors with bit 3 repeat the sign of a byte: 0xff where x < 0.
+    left, right = ptx.prmt(words[0], words[1], 0xFBD9), ptx.prmt(words[2], words[3], 0xFBD9)
+    evens, odds = ptx.prmt(left, right, 0x5410), ptx.prmt(left, right, 0x7632)
+    return word | (evens & 0x08080808) | (odds & ptx.u32(0x80808080))
+
+
+def _code(x: Any, inverse: Any, dice: Any, byte: int) -> Any:
+    """A register whose low byte is the code of |x| * inverse; `byte` of `dice` is thrown."""
+    y = ptx.minimum(ptx.absolute(ptx.mul(x, inverse)), 6.0)
+    binade = ptx.bits(ptx.maximum(y, 1.0)) & EXPONENT
+    # (byte + 1/2) / 256 from the float 2^23 + byte: exact.
+    big = ptx.real(ptx.prmt(dice, ptx.u32(FLOAT_2_23), 0x7650 | byte))
+    u = ptx.fma(big, 1 / 256, 1 / 512 - 2.0**15)
+    z = ptx.fma(y, ptx.real(ptx.u32(EXPONENT) - binade), u)  # y / step + u
+    # The lowest bits of this sum hold floor(z) + 2; binade >> 22 is 254, 256 or 258.
+    return ptx.bits(ptx.add_down(z, 2.0**23 + 2)) + (binade >> 22)
