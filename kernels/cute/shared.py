@@ -15,7 +15,13 @@ def address_of(pointer: Any) -> Any:
     return Uint32(pointer.toint())
 
 
-def copy_async_16(to: Any, source: Any, wanted: Any) -> None:
+def copy_async_16(to: Any, source: Any) -> None:
+    """Copy 16 aligned bytes of global memory (sm_80 and up)."""
+    code = "cp.async.cg.shared.global [{$r0}], [{$r1}], 16;"
+    arch.inline_ptx(code, read_only_args=[to, source])
+
+
+def copy_async_16_or_zero(to: Any, source: Any, wanted: Any) -> None:
     """Copy 16 aligned bytes of global memory, or zeros unless `wanted` (sm_80 and up)."""
     code = (
         "{ .reg .pred p; .reg .b32 n; setp.ne.u32 p, {$r2}, 0; selp.b32 n, 16, 0, p; "

@@ -20,6 +20,8 @@ from fos_compile.kernels.cute import ptx, shared
 SIDE = 128
 """Rows and columns of a tile."""
 THREADS = 256
+ROWS_A_TURN = THREADS // 16
+"""Rows that all threads copy at once."""
 TILE_BYTES = SIDE * SIDE * 2
 SCALE_BYTES = 1024
 """Scales of one orientation of a tile: two of 128 x 4 in the blocked layout."""
@@ -38,15 +40,28 @@ def copy_tile(
     # 8 lanes take the even chunks of half a row, the next 8 the odd ones: no conflicts in the tile,
     # and together all 256 bytes.
     chunk = (tid & 7) * 2 + ((tid >> 3) & 1)
+    row = top + (tid >> 4)
     col = left + chunk * 8
-    base = x.iterator.toint() + (Int64(batch) * x.stride[0] + col) * 2
-    for j in cutlass.range_constexpr(SIDE * 16 // THREADS):
-        row = (tid >> 4) + j * (THREADS // 16)
-        wanted = Uint32(0)
-        if top + row < x.shape[1] and col < x.shape[2]:
-            wanted = Uint32(1)
-        source = base + Int64(top + row) * x.stride[1] * 2
-        shared.copy_async_16(tile + Uint32(place_of_chunk(row, chunk)), source, wanted)
+    source = (
+        x.iterator.toint()
+        + (Int64(batch) * x.stride[0] + Int64(row) * x.stride[1] + Int64(col)) * 2
+    )
+    step = x.stride[1] * (2 * ROWS_A_TURN)
+    to = tile + Uint32(place_of_chunk(tid >> 4, chunk))
+    turns = SIDE // ROWS_A_TURN
+    if top + SIDE <= x.shape[1] and left + SIDE <= x.shape[2]:
+        for j in cutlass.range_constexpr(turns):
+            shared.copy_async_16(turn(to, j), source + j * step)
+    else:
+        rows = x.shape[1] if col < x.shape[2] else Int32(0)
+        for j in cutlass.range_constexpr(turns):
+            wanted = Uint32(1) if row + j * ROWS_A_TURN < rows else Uint32(0)
+            shared.copy_async_16_or_zero(turn(to, j), source + j * step, wanted)
+
+
+def turn(place: Any, j: int) -> Any:
+    """Where a chunk of ROWS_A_TURN * j rows further down lies."""
+    return (place ^ ((j & 3) << 5)) + j * ROWS_A_TURN * 256
 
 
 def place_of_chunk(row: Any, chunk: Any) -> Any:

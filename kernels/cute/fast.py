@@ -1,0 +1,67 @@
+"""A block of 16 bf16 through the filter of its rules: what the fast 1D kernels have in common."""
+
+from typing import Any, NamedTuple
+
+import cutlass
+
+from fos_compile.kernels.cute import contract, filtered, filtered_stochastic, ptx, tiles
+
+
+class Block(NamedTuple):
+    """Codes (two words of nibbles), scale byte, and 1 where only `contract` can tell."""
+
+    low: Any
+    high: Any
+    scale: Any
+    near: Any
+
+
+def block(
+    words: list[Any],
+    tensor: contract.Tensor,
+    rules: contract.Rules,
+    dice: list[Any] | None,
+    half_exponents: Any,
+) -> Block:
+    """Quantize a block, after the transform if there is one.
+
+    Args:
+        words: 16 bf16 in pairs.
+        tensor: of `contract.tensor_of`.
+        rules: mse or static_6; nearest, stochastic or stochastic_unbiased; 1d.
+        dice: the four words of `contract.philox`; None for nearest.
+        half_exponents: see `filtered.adaptive`.
+    """
+    words = [ptx.clear_negative_zeros_bf16x2(word) for word in words]
+    mags = filtered.magnitudes(words)
+    if dice is not None:
+        choice = filtered_stochastic.choose(mags, tensor, rules, half_exponents)
+        low, high = filtered_stochastic.codes(words, choice.inverse, dice)
+    else:
+        if rules.adaptive:
+            choice = filtered.adaptive(mags, tensor, half_exponents)
+        else:
+            choice = filtered.single(mags, tensor)
+        low, high = filtered.codes(words, choice.inverse)
+    low = ptx.where_nonzero(choice.scale, low, 0)
+    high = ptx.where_nonzero(choice.scale, high, 0)
+    return Block(low, high, choice.scale, choice.near)
+
+
+def exact(
+    words: list[Any],
+    tensor: contract.Tensor,
+    rules: contract.Rules,
+    dice: list[Any] | None,
+    outside: Any,
+) -> tuple[list[Any], Any]:
+    """The same operation by operation: two words of nibbles and the scale byte."""
+    given = [value for word in words for value in tiles.unpack(word, cutlass.BFloat16)]
+    offsets = None if dice is None else contract.offsets(dice)
+    return contract.quantize_either(given, tensor, rules, offsets, outside)
+
+
+def rotated(words: list[Any]) -> list[Any]:
+    """16 bf16 in pairs after the random Hadamard transform."""
+    given = [value for word in words for value in tiles.unpack(word, cutlass.BFloat16)]
+    return tiles.packed(contract.rotate(given, lambda value: value), cutlass.BFloat16)
