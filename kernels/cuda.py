@@ -74,7 +74,11 @@ def cuda_quantize_pair(
     rht_col: bool = False,
     stream: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``fos::quantize_pair``, as its definition says: the matrix is read twice."""
+    """``fos::quantize_pair``: one launch or two, or what serves each orientation."""
+    options = (format, scale_rule, block, rounding_row, rounding_col, rht_row, rht_col)
+    done = _device_code().quantize_pair(x, amax_row, amax_col, seed, options, stream)
+    if done is not None:
+        return done
     shared: dict[str, Any] = {"format": format, "scale_rule": scale_rule, "block": block}
     row = cuda_quantize(
         x, amax_row, seed, **shared, rounding=rounding_row, rht=rht_row, stream=stream
@@ -98,8 +102,7 @@ def cuda_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """``fos::dequantize``."""
-    dequantize_op.check(values, scales, rows, cols, format, dtype)
-    done = _device_code().dequantize(values, scales, amax, cols, format, qs, dtype)
+    done = _device_code().dequantize(values, scales, amax, rows, cols, format, qs, dtype)
     if done is not None:
         return done
     return dequantize_op.reference(

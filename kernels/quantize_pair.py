@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fos_compile.kernels import formats
 from fos_compile.kernels import quantize as single
-from fos_compile.kernels.op import Cost, Example, Op, Status, define_op, no_kernel
+from fos_compile.kernels.op import Cost, Example, Op, Status, cute_kernel, define_op, no_kernel
 
 SCHEMA = (
     "(Tensor x, Tensor amax_row, Tensor amax_col, Tensor? seed=None, *, str format='nvfp4', "
@@ -124,10 +124,19 @@ def supports(
     rht_col: bool = False,
     **options: object,
 ) -> Status:
-    """Whether a device kernel serves this call: both of its orientations."""
+    """Whether device kernels serve this call: one for the pair, or one for each orientation."""
     quantizable = formats.dtype_status("quantize_pair", x.dtype)
     if not quantizable or x.device.type != "cuda":
         return quantizable and no_kernel("quantize_pair", x.device)
+    sides = {
+        "rounding_row": rounding_row,
+        "rounding_col": rounding_col,
+        "rht_row": rht_row,
+        "rht_col": rht_col,
+    }
+    fused = cute_kernel("quantize_pair", x, {**options, **sides})
+    if fused:
+        return fused
     row = single.supports(x, amax_row, seed, **options, rounding=rounding_row, rht=rht_row)
     both = row and single.supports(
         x, amax_col, seed, **options, rounding=rounding_col, rht=rht_col, transpose=True

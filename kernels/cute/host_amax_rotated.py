@@ -20,11 +20,20 @@ def signature(key: KernelKey) -> tuple[Any, list[Any]]:
     return kernel, [general.fake_matrix(key), Int64(0), Int32(1), general.env_stream()]
 
 
-def launch(kernel: Kernel, num_sms: int, key: KernelKey, x: Tensor) -> Tensor:
-    """Largest magnitude of x [R, C] or [B, R, C] after the transform: float32 []."""
-    amax = torch.zeros((), dtype=torch.float32, device=x.device)
-    if x.numel():
-        x = general.batched(x, general.options_of(key)["vector"])
-        batch, rows, cols = x.shape
-        kernel(x, amax.data_ptr(), general.rounds(batch, rows, -(-cols // 64), num_sms))
-    return amax
+def prepare(kernel: Kernel, num_sms: int, key: KernelKey, x: Tensor) -> general.Launch:
+    """The launch for matrices like x [R, C] or [B, R, C]: their largest magnitude after the
+    transform, float32 [].
+    """
+    new_amax = general.allocator((), torch.float32, x.device)
+    if not x.numel():
+        return lambda x: new_amax().zero_()
+    read = general.reader(x, general.options_of(key)["vector"])
+    *batch, rows, cols = x.shape
+    turns = general.rounds(batch[0] if batch else 1, rows, -(-cols // 64), num_sms)
+
+    def launch(x: Tensor) -> Tensor:
+        amax = new_amax().zero_()
+        kernel(read(x), amax.data_ptr(), turns)
+        return amax
+
+    return launch

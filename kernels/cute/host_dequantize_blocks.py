@@ -8,7 +8,7 @@ from torch import Tensor
 from fos_compile.kernels import formats
 from fos_compile.kernels.cute import host_general as general
 from fos_compile.kernels.cute.cache import Kernel, KernelKey
-from fos_compile.kernels.cute.layout import VECTOR_BYTES, anything
+from fos_compile.kernels.cute.layout import anything
 
 
 def layout(values: Tensor) -> str:
@@ -44,33 +44,34 @@ def signature(key: KernelKey) -> tuple[Any, list[Any]]:
     return kernel, [values, *numbers, general.env_stream()]
 
 
-def launch(
-    kernel: Kernel,
-    num_sms: int,
-    key: KernelKey,
-    values: Tensor,
-    scales: Tensor,
-    amax: Tensor | None,
-    cols: int,
-    qs: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The matrix [.., rows, cols] of `dtype`; arguments as of fos::dequantize."""
+def prepare(kernel: Kernel, num_sms: int, key: KernelKey, values: Tensor) -> general.Launch:
+    """The launch for buffers whose values are like these; takes arguments of fos::dequantize."""
     *batch, rows, half = values.shape
-    out = torch.empty((*batch, rows, cols), dtype=dtype, device=values.device)
-    if out.numel():
-        values = values.contiguous()
-        if values.data_ptr() % VECTOR_BYTES:
-            values = values.clone()
-        chunks = half // (2 * formats.WIDTH[general.options_of(key)["format"]])
-        values = values if values.dim() == 3 else values.unsqueeze(0)
-        kernel(
-            values,
-            scales.data_ptr(),
-            0 if amax is None else amax.data_ptr(),
-            qs,
-            out.data_ptr(),
-            cols,
-            general.rounds(values.shape[0], rows, chunks, num_sms),
-        )
-    return out
+    chunks = half // (2 * formats.WIDTH[general.options_of(key)["format"]])
+    turns = general.rounds(batch[0] if batch else 1, rows, chunks, num_sms)
+    empty, is_compact = general.empty_strided(values.device), values.is_contiguous()
+    read = general.reader(values.contiguous(), True)
+
+    def launch(
+        values: Tensor,
+        scales: Tensor,
+        amax: Tensor | None,
+        cols: int,
+        qs: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        shape = (*batch, rows, cols)
+        out = empty(shape, general.contiguous(shape), dtype)
+        if out.numel():
+            kernel(
+                read(values if is_compact else values.contiguous()),
+                scales.data_ptr(),
+                0 if amax is None else amax.data_ptr(),
+                qs,
+                out.data_ptr(),
+                cols,
+                turns,
+            )
+        return out
+
+    return launch

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fos_compile.kernels import formats
@@ -33,44 +32,29 @@ def arguments(key: KernelKey) -> list[Any]:
     return [general.fake_matrix(key), *addresses, Uint32(0), Int32(1), general.env_stream()]
 
 
-def launch(
-    kernel: Kernel,
-    num_sms: int,
-    key: KernelKey,
-    x: Tensor,
-    amax: Tensor,
-    seed: Tensor | None,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    """Quantize x.
-
-    Args:
-        kernel: compiled from `signature`.
-        num_sms: of the device.
-        key: what it was compiled for.
-        x: [R, C] or [B, R, C], as it is quantized.
-        amax: float32, one element, on the device of x.
-        seed: int64, one element, on the device of x; None for nearest.
-        stream: which dice.
-    """
+def prepare(kernel: Kernel, num_sms: int, key: KernelKey, x: Tensor) -> general.Launch:
+    """The launch for matrices like x [R, C] or [B, R, C], which is seen as it is quantized."""
     options = general.options_of(key)
-    format = options["format"]
+    format, has_dice = options["format"], options["rounding"] != "nearest"
+    new_values, new_scales = general.buffers(x.shape, format, x.device)
+    if not x.numel():
+        return general.idle(new_values, new_scales)
+    read = general.reader(x, options.get("vector", False))
     *batch, rows, cols = x.shape
-    padded = formats.padded_cols(cols, format)
-    device = x.device
-    values = torch.empty((*batch, rows, padded // 2), dtype=torch.uint8, device=device)
-    count = formats.scale_count(rows, cols, format)
-    scales = torch.empty((*batch, count), dtype=torch.uint8, device=device)
-    if values.numel():
-        x = general.batched(x, options.get("vector", False))
-        chunks = padded // (4 * formats.WIDTH[format])
+    chunks = formats.padded_cols(cols, format) // (4 * formats.WIDTH[format])
+    turns = general.rounds(batch[0] if batch else 1, rows, chunks, num_sms)
+
+    def launch(x: Tensor, amax: Tensor, seed: Tensor | None, stream: int) -> tuple[Tensor, Tensor]:
+        values, scales = new_values(), new_scales()
         kernel(
-            x,
+            read(x),
             amax.data_ptr(),
-            0 if seed is None else seed.data_ptr(),
+            seed.data_ptr() if has_dice and seed is not None else 0,
             values.data_ptr(),
             scales.data_ptr(),
             stream & 0xFFFFFFFF,
-            general.rounds(x.shape[0], rows, chunks, num_sms),
+            turns,
         )
-    return values, scales
+        return values, scales
+
+    return launch

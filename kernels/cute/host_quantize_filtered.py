@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fos_compile.kernels import formats
@@ -41,28 +40,30 @@ def signature(key: KernelKey) -> tuple[Any, list[Any]]:
     return kernel, [general.fake_matrix(key), *addresses, *numbers, general.env_stream()]
 
 
-def launch(
-    kernel: Kernel,
-    num_sms: int,
-    key: KernelKey,
-    x: Tensor,
-    amax: Tensor,
-    seed: Tensor | None,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    """Quantize x [R, C] or [B, R, C] bfloat16; nearest needs neither seed nor stream."""
+def prepare(kernel: Kernel, num_sms: int, key: KernelKey, x: Tensor) -> general.Launch:
+    """The launch for matrices like x [R, C] or [B, R, C] bfloat16, seen as it is quantized."""
+    new_values, new_scales = general.buffers(x.shape, "nvfp4", x.device)
+    if not x.numel():
+        return general.idle(new_values, new_scales)
+    vector = general.options_of(key)["vector"]
+    read = general.reader(x, vector)
     *batch, rows, cols = x.shape
-    padded = formats.padded_cols(cols, "nvfp4")
-    count = formats.scale_count(rows, cols, "nvfp4")
-    values = torch.empty((*batch, rows, padded // 2), dtype=torch.uint8, device=x.device)
-    scales = torch.empty((*batch, count), dtype=torch.uint8, device=x.device)
-    if values.numel():
-        vector = general.options_of(key)["vector"]
-        x = general.batched(x, vector)
-        turns = rounds(x.shape[0] * -(-rows // 128), padded // 64, ctas_per_sm(vector) * num_sms)
+    bands = (batch[0] if batch else 1) * -(-rows // 128)
+    chunks = formats.padded_cols(cols, "nvfp4") // 64
+    turns = rounds(bands, chunks, ctas_per_sm(vector) * num_sms)
+
+    def launch(x: Tensor, amax: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        values, scales = new_values(), new_scales()
         addresses = amax.data_ptr(), values.data_ptr(), scales.data_ptr(), 0
-        kernel(x, *addresses, turns, HALF_EXPONENTS)
-    return values, scales
+        kernel(read(x), *addresses, turns, HALF_EXPONENTS)
+        return values, scales
+
+    return launch
+
+
+def launch(kernel: Kernel, num_sms: int, key: KernelKey, x: Tensor, *rest: Any) -> Any:
+    """One call, for those who compiled the kernel themselves."""
+    return prepare(kernel, num_sms, key, x)(x, *rest)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -4,9 +4,9 @@ from typing import Any
 
 from fos_compile.kernels.cute.cache import KernelKey
 from fos_compile.kernels.cute.host_general import options_of
-from fos_compile.kernels.cute.host_quantize_blocks import arguments, launch
+from fos_compile.kernels.cute.host_quantize_blocks import arguments, prepare
 
-__all__ = ["launch", "signature"]
+__all__ = ["prepare", "signature"]
 
 
 def signature(key: KernelKey) -> tuple[Any, list[Any]]:

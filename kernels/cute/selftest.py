@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fos_compile.kernels import formats
+from fos_compile.kernels.cute.tables import NAMES
 
 ROWS, COLS = 40, 88
 SEED, STREAM = -1234567890123456789, 3
+_OUTPUTS = ("values", "scales", "values of the columns", "scales of the columns")
 
 
 def disagreement(
@@ -23,7 +25,7 @@ def disagreement(
     """What a kernel gets wrong, or nothing.
 
     Args:
-        op: quantize, amax or dequantize.
+        op: of the tables.
         options: of the kernel's key, `by_column` included where it has it.
         dtype: of its matrix.
         launch: as the tables call it.
@@ -34,7 +36,7 @@ def disagreement(
         got = [output.cpu() for output in got]
     except Exception as error:
         return f"fails on a small matrix: {type(error).__name__}: {error}"
-    for name, a, b in zip(("values", "scales"), got, want, strict=False):
+    for name, a, b in zip(_OUTPUTS, got, want, strict=False):
         if a.shape != b.shape:
             return f"gives {name} of shape {list(a.shape)} instead of {list(b.shape)}"
         same = ((a == b) & (a.signbit() == b.signbit())) | ((a != a) & (b != b))
@@ -64,6 +66,21 @@ def _quantize(
     seed = torch.tensor([SEED])
     want = torch.ops.fos.quantize(x, amax, seed, stream=STREAM, **chosen)
     return launch(x.to(device), amax.to(device), seed.to(device), STREAM), want
+
+
+def _pair(
+    options: dict[str, Any], dtype: torch.dtype, launch: Callable[..., Any], device: Any
+) -> tuple[Any, Any]:
+    chosen = {name: options[name] for name in NAMES["quantize_pair"]}
+    x, seed = _matrix(dtype, options.get("by_column", False)), torch.tensor([SEED])
+    # Under the transform the two differ: a kernel that swaps them is wrong.
+    amaxes = [
+        torch.ops.fos.amax(x, options["rht_row"]),
+        torch.ops.fos.amax(x, options["rht_col"], True),
+    ]
+    want = torch.ops.fos.quantize_pair(x, *amaxes, seed, stream=STREAM, **chosen)
+    given = [tensor.to(device) for tensor in (x, *amaxes, seed)]
+    return launch(*given, STREAM), want
 
 
 def _amax(
@@ -96,4 +113,5 @@ _RUNS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "quantize": _quantize,
     "amax": _amax,
     "dequantize": _dequantize,
+    "quantize_pair": _pair,
 }

@@ -16,7 +16,8 @@ from fos_compile.kernels.cute import (
     host_quantize_tiles,
     layout,
 )
-from fos_compile.kernels.cute.cache import KernelKey
+from fos_compile.kernels.cute.cache import Kernel, KernelKey
+from fos_compile.kernels.cute.host_general import Launch
 
 Options = tuple[Any, ...]
 """Values of an operator's options, in the order of `NAMES`."""
@@ -24,6 +25,15 @@ NAMES = {
     "quantize": ("format", "scale_rule", "rounding", "block", "rht", "transpose"),
     "amax": ("rht",),
     "dequantize": ("format", "scaled", "dtype"),
+    "quantize_pair": (
+        "format",
+        "scale_rule",
+        "block",
+        "rounding_row",
+        "rounding_col",
+        "rht_row",
+        "rht_col",
+    ),
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "quantize": {
@@ -36,6 +46,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "amax": {"rht": False, "transpose": False},
     "dequantize": {"format": "nvfp4", "scaled": False, "dtype": torch.bfloat16},
+    "quantize_pair": {
+        "format": "nvfp4",
+        "scale_rule": "mse",
+        "block": "1d",
+        "rounding_row": "nearest",
+        "rounding_col": "nearest",
+        "rht_row": False,
+        "rht_col": False,
+    },
 }
 
 
@@ -49,10 +68,17 @@ class Entry:
     """Accepted values by option, of every option."""
     layout: Callable[[Tensor], str]
     """Why the kernel cannot read a matrix (transposed already), or nothing."""
-    launch: Callable[..., Any]
+    prepare: Callable[..., Launch]
+    """(compiled kernel, SMs, key, matrix) to the launch for all matrices of its layout, shape and
+    device, which takes the tensors of a call: the matrix before it is transposed, if it is.
+    """
     alignment: int = 1
     reads: dict[str, bool] = field(default_factory=dict)
     """How the matrix is read, as further static options."""
+
+    def launch(self, kernel: Kernel, num_sms: int, key: KernelKey, x: Tensor, *rest: Any) -> Any:
+        """One call from scratch."""
+        return self.prepare(kernel, num_sms, key, x)(x, *rest)
 
     def refuses(self, names: tuple[str, ...], dtype: torch.dtype, options: Options) -> str:
         """The first option that this kernel does not serve, or nothing."""
@@ -106,7 +132,7 @@ def _general(
             options=options,
             alignment=alignment,
             layout=reads_it,
-            launch=host.launch,
+            prepare=host.prepare,
             reads=reads,
         )
         for reads, alignment, reads_it in _READS
@@ -140,7 +166,7 @@ TABLES: dict[str, tuple[Entry, ...]] = {
                 "transpose": BOTH,
             },
             layout=layout.anything,
-            launch=host_quantize_tiles.launch,
+            prepare=host_quantize_tiles.prepare,
         ),
         *_general(
             "quantize_blocks",
@@ -174,7 +200,9 @@ TABLES: dict[str, tuple[Entry, ...]] = {
             dtypes=(torch.uint8,),
             options={"format": formats.FORMATS, "scaled": BOTH, "dtype": formats.DTYPES},
             layout=host_dequantize_blocks.layout,
-            launch=host_dequantize_blocks.launch,
+            prepare=host_dequantize_blocks.prepare,
         ),
     ),
+    "quantize_pair": (),
 }
+"""A pair that no kernel here serves is two launches of quantize."""

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fos_compile.kernels import AMAX, DEQUANTIZE, QUANTIZE, formats, target
-from fos_compile.kernels.cute import host_quantize_filtered, launch, tables
+from fos_compile.kernels.cute import host_general, host_quantize_filtered, launch
 from fos_compile.kernels.cute.cache import KernelKey
 from fos_compile.kernels.op import Status
 
@@ -190,6 +189,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(launch, "KERNELS", kernels)
     monkeypatch.setattr(launch, "_PLANS", {})
+    monkeypatch.setattr(launch, "_READY", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     # Its own test runs it; here it would count as a launch.
     monkeypatch.setattr(launch, "disagreement", lambda *arguments: "")
@@ -197,7 +197,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Kernels:
 
 
 class Guarded:
-    """torch for a host side: its buffers begin poisoned and lie between zones that must stay."""
+    """Allocates for host sides: poisoned buffers between zones that must stay as they are."""
 
     ZONE = 4096 + 16  # no more aligned than 16 bytes
     POISON = 0xA5
@@ -205,20 +205,21 @@ class Guarded:
     def __init__(self) -> None:
         self.buffers: list[tuple[Tensor, int]] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+    def empty_strided(self, device: Any) -> Callable[..., Tensor]:
+        """In place of `host_general.empty_strided`."""
 
-    def empty(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: Any) -> Tensor:
-        """In place of torch.empty."""
-        size = math.prod(shape) * dtype.itemsize
-        total = size + 2 * self.ZONE
-        whole = torch.full((total,), self.POISON, dtype=torch.uint8, device=device)
-        self.buffers.append((whole, size))
-        return whole[self.ZONE : self.ZONE + size].view(dtype).view(shape)
+        def allocate(
+            shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+        ) -> Tensor:
+            size = math.prod(shape) * dtype.itemsize
+            total = size + 2 * self.ZONE
+            whole = torch.full((total,), self.POISON, dtype=torch.uint8, device=device)
+            self.buffers.append((whole, size))
+            buffer = whole[self.ZONE : self.ZONE + size].view(dtype).view(shape)
+            assert buffer.stride() == strides
+            return buffer
 
-    def zeros(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: Any) -> Tensor:
-        """In place of torch.zeros."""
-        return self.empty(shape, dtype=dtype, device=device).zero_()
+        return allocate
 
     def check(self) -> None:
         """Nobody wrote beside a buffer."""
@@ -232,7 +233,7 @@ def guarded() -> Iterator[Guarded]:
     """Buffers of every host side are guarded meanwhile, and looked at in the end."""
     zones = Guarded()
     with pytest.MonkeyPatch.context() as patch:
-        for entry in itertools.chain.from_iterable(tables.TABLES.values()):
-            patch.setitem(entry.launch.__globals__, "torch", zones)
+        patch.setattr(host_general, "empty_strided", zones.empty_strided)
+        patch.setattr(launch, "_READY", {})  # those allocate as they were prepared to
         yield zones
     zones.check()

@@ -51,16 +51,15 @@ def test_guards_see_a_byte_too_many():
     x = matrix("misaligned", torch.float16)
     key = TABLES["quantize"][-1].key(x.dtype, ("nvfp4", "mse", "nearest", "1d", False, False))
     with pytest.raises(AssertionError), stand_ins.guarded():
-        host_quantize_blocks.launch(kernel, 132, key, x, torch.ones(()), None, 0)
+        host_quantize_blocks.prepare(kernel, 132, key, x)(x, torch.ones(()), None, 0)
 
 
 def test_guards_see_what_is_not_written():
     x = matrix("rows", torch.float16)
     key = TABLES["quantize"][-1].key(x.dtype, ("nvfp4", "mse", "nearest", "1d", False, False))
     with stand_ins.guarded():
-        values, scales = host_quantize_blocks.launch(
-            lambda *_: None, 132, key, x, torch.ones(()), None, 0
-        )
+        launch = host_quantize_blocks.prepare(lambda *_: None, 132, key, x)
+        values, scales = launch(x, torch.ones(()), None, 0)
     assert (values == 0xA5).all() and (scales == 0xA5).all()
 
 
@@ -115,14 +114,60 @@ def test_dequantize_between_guards(view, cols, amax):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("view", [general._view, general._as_strided])
+def test_a_matrix_is_read_where_its_elements_are(monkeypatch, name, view):
+    """Whatever else the tensor of the call is: here the transposed one."""
+    monkeypatch.setattr(general, "_view", view)
+    x = matrix(name, torch.bfloat16).requires_grad_()
+    for seen, given in ((x, x), (x, x.mT), (x.mT, x)):
+        got = general.reader(seen, False)(given)
+        want = seen if seen.dim() == 3 else seen.unsqueeze(0)
+        assert got.shape == want.shape and got.stride() == want.stride()
+        assert got.data_ptr() == x.data_ptr() and torch.equal(got, want)
+        assert not got.requires_grad
+
+
 def test_a_view_that_begins_anywhere_is_copied_for_vectors_only():
     x = matrix("misaligned", torch.bfloat16)
     assert x.data_ptr() % 16
-    assert general.batched(x, False).data_ptr() == x.data_ptr()
-    copied = general.batched(x, True)
+    assert general.reader(x, False)(x).data_ptr() == x.data_ptr()
+    copied = general.reader(x, True)(x)
     assert copied.data_ptr() % 16 == 0 and torch.equal(copied[0], x)
     batch = matrix("misaligned batch", torch.bfloat16)
-    assert torch.equal(general.batched(batch, True), batch)
+    assert torch.equal(general.reader(batch, True)(batch), batch)
+    aligned = x.clone()
+    assert general.reader(x, True)(aligned).data_ptr() == aligned.data_ptr()
+
+
+SHAPES = [(), (0,), (3,), (2, 5), (0, 5), (5, 0), (2, 3, 4), (2, 0, 4), (0, 3, 0)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fast", [True, False])
+def test_buffers_are_those_of_torch_empty(monkeypatch, shape, fast):
+    if not fast:
+        monkeypatch.delattr(general.guards, "_empty_strided_cpu")
+    want = torch.empty(shape, dtype=torch.float16)
+    new = general.allocator(shape, torch.float16, torch.device("cpu"))
+    got, other = new(), new()
+    assert got.dtype == want.dtype and got.device == want.device
+    assert got.shape == want.shape and got.stride() == want.stride()
+    assert not want.numel() or got.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize("count,current,fast", [(1, 0, True), (2, 1, True), (2, 0, False)])
+def test_buffers_are_on_the_device_that_was_asked_for(monkeypatch, count, current, fast):
+    """The fast allocation takes the current device: with several, that is asked first."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(general.guards, "_empty_strided_cuda", lambda *a: used.append(a))
+    monkeypatch.setattr(torch, "empty_strided", lambda *a, **k: used.append((*a, k)))
+    device = torch.device("cuda", count - 1)
+    general.allocator((4, 8), torch.uint8, device)()
+    wanted = {"dtype": torch.uint8, "device": device}
+    assert used == [((4, 8), (8, 1), torch.uint8) if fast else ((4, 8), (8, 1), wanted)]
 
 
 @pytest.mark.parametrize("sms", [1, 78, 132, 188])
@@ -144,4 +189,4 @@ def test_options_of():
 
 
 def test_tiles_are_launched_as_blocks_are():
-    assert host_quantize_tiles.launch is host_quantize_blocks.launch
+    assert host_quantize_tiles.prepare is host_quantize_blocks.prepare

@@ -52,7 +52,7 @@ def test_good_kernels_pass(kernels, op):
             return entry.launch(kernel, 132, key, *arguments)
 
         assert selftest.disagreement(op, dict(key.options), dtype, call, CPU) == ""
-    assert seen
+    assert seen or not TABLES[op]
 
 
 def wrong_bit(values, scales):

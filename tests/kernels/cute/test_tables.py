@@ -28,9 +28,9 @@ def quantizers(options, dtype=torch.bfloat16):
 def test_entries_are_complete(op, entry):
     assert tuple(entry.options) == NAMES[op] and all(entry.options.values())
     host = importlib.import_module(f"fos_compile.kernels.cute.host_{entry.name}")
-    assert entry.launch is host.launch and callable(host.signature)
-    first = list(inspect.signature(entry.launch).parameters)[:3]
-    assert first == ["kernel", "num_sms", "key"]
+    assert entry.prepare is host.prepare and callable(host.signature)
+    taken = list(inspect.signature(entry.prepare).parameters)
+    assert len(taken) == 4 and taken[:3] == ["kernel", "num_sms", "key"]
 
 
 @pytest.mark.parametrize("op", TABLES)
