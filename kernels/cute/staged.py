@@ -100,15 +100,12 @@ def place_of_scale(row: Any, block: Any) -> Any:
 @cute.jit
 def write_scales(
     staged: Uint32,  # shared address of SCALE_BYTES
-    scales: Int64,  # address of the scales of a batch
-    band: Int32,  # which 128 rows
-    chunk: Int32,  # first of two chunks of 64 columns
-    chunks: Int32,  # of a row
+    scales: Int64,  # address of the first of two scale tiles
+    blocks: Int32,  # of a row from there on, a multiple of 4
     lane: Int32,  # 0-63
 ) -> None:
-    """Copy the scales of a tile to where they belong, 64 threads of 16 bytes."""
-    mine = chunk + (lane >> 5)
-    exists = Uint32(1) if mine < chunks else Uint32(0)
+    """Copy the scales of a tile to where they belong, 16 bytes a thread."""
+    exists = Uint32(1) if (lane >> 5) * 4 < blocks else Uint32(0)
     words = shared.load_v4(staged + Uint32(lane * 16))
-    to = scales + (Int64(band) * chunks + mine) * 512 + (lane & 31) * 16
-    ptx.store_v4(to, list(words), exists)
+    tile = scales + lane * 16
+    ptx.store_v4(tile, list(words), exists)
