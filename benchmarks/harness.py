@@ -266,8 +266,9 @@ def write_results(
     md: Path,
     csv_path: Path | None = None,
     notes: str = "",
+    show: bool = True,
 ) -> None:
-    """Write dataclass instances as markdown, which is printed too, and as CSV if asked."""
+    """Write dataclass instances as markdown, printed too unless more will follow, and as CSV."""
     lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     lines.append(markdown_table(rows))
     if notes:
@@ -277,7 +278,8 @@ def write_results(
     md.write_text(text)
     if csv_path is not None:
         write_csv(csv_path, rows)
-    print(text)
+    if show:
+        print(text)
 
 
 def write_csv(path: Path, rows: Sequence[Any]) -> None:
