@@ -50,3 +50,15 @@ def test_a_row_compares_three_forms(monkeypatch):
     assert (row.ratio, row.unfused, row.alone_us) == (1.1, 1.5, 10.0)
     assert row.spread == pytest.approx(0.2)
     assert row.extra <= 1.01 and row.kernels >= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(8192, 5120), (16384, 4096), (64, 8192), (4, 512, 2048)])
+@pytest.mark.parametrize("producer", PRODUCERS)
+@torch.no_grad()
+def test_no_second_read_on_a_gpu(producer, shape):
+    """Whatever way Inductor takes to reduce, many rows or few."""
+    arguments = amax_fusion.operands(producer, shape, torch.device("cuda"))
+    alone = amax_fusion.moved(amax_fusion.compiled(producer), arguments)[0]
+    fused = amax_fusion.moved(amax_fusion.compiled(amax_fusion.with_amax(producer)), arguments)[0]
+    assert fused - alone < 0.05 * arguments[0].nbytes
