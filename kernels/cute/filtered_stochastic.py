@@ -1,18 +1,18 @@
 """A block of 16 bf16 by an approximation that knows when it cannot tell: stochastic rounding.
 
-As `filtered`, for the expected error of mse (docs/contract.md section 4), g(y) = (y - low)(high - y)
-for y below 6 and (y - 6)^2 above. With d the distance to the nearest grid point and s the step that
-is |d| (s - |d|): |d| may err by much where y is halfway between two, but there g is flat. In units
-of y, with f the float16 of the factor r, `rest` = r - f, N the sum of the squares of x and y' = x f:
+As `filtered`, for the expected error of mse (docs/contract.md section 4): g(y) = (y - low)(high - y)
+below 6, (y - 6)^2 above. With d the distance to the nearest grid point and s the step that is
+|d| (s - |d|): |d| may err by much where y is halfway between two, but there g is flat. In units of
+y, with f the float16 of the factor r, `rest` = r - f, N the sum of the squares of x and y' = x f:
 
 * Roundings of d, s - |d| and of five sums: 7 * 2^-11 of the error at most.
 * g is Lipschitz with the step, at most sqrt(1/4 + y^2/4), so y' costs at most the sum of
   |rest| x sqrt(1/4 + y^2/4) <= |rest| / r * sqrt(A (4 + A/4)), A = r^2 N (Cauchy), which is below
   |rest| / r * (0.5015 A + 3.71) (its tangent). Since x is scaled so that its largest is below 2
   and goes to at least 3.7, 1 / r is at most 0.54: |rest| (0.5015 r N + 2).
-* The step: y' within 2^-10 below 2 or 4 is taken for what lies above. That is off by 2^-11 and 2^-10
-  an element, of which there are at most 16 and whose squares are part of A. The most that a linear
-  program allows is 0.0052 + 4.1e-5 A.
+* The step: y' within 2^-10 below 2 or 4 is taken for what lies above. That is off by 2^-11 and
+  2^-10 an element, of which there are at most 16 and whose squares are part of A. The most that a
+  linear program allows is 0.0052 + 4.1e-5 A.
 * Magnitudes below 2^-14 in float16 (units of x) are off by 2^-15: 0.0017 for 16 of them.
 
 All of these times the square of the scale.
@@ -50,9 +50,9 @@ def choose(mags: list[Any], tensor: Tensor, rules: contract.Rules, half_exponent
     inverse6 = MIDRANGE.reciprocal(ptx.mul(tensor.decode, scale6))
     byte6, byte4 = scales & 0xFF, scales >> 8
     if not rules.adaptive:
-        saturated = ptx.where_below(byte6, 0x7E, 0, 1)
+        odd = ptx.where_below(byte6, 8, 1, ptx.where_below(byte6, 0x7E, 0, 1))
         inverse = ptx.real(ptx.where_nonzero(byte6, ptx.bits(inverse6), 0))
-        return Choice(inverse=inverse, scale=byte6, near=saturated)
+        return Choice(inverse=inverse, scale=byte6, near=ptx.where_nonzero(byte6, odd, 0))
     inverse4 = MIDRANGE.reciprocal(ptx.mul(tensor.decode, scale4))
 
     exponent = peak & EXPONENT
@@ -133,33 +133,39 @@ def codes(words: list[Any], inverse: Any, dice: list[Any]) -> tuple[Any, Any]:
 
     Args:
         words: packed bf16 without -0.
-        inverse: float32; signs survive 0, so the caller clears blocks of scale 0.
+        inverse: float32, |x| * inverse at most 6.9; signs survive 0, so the caller clears blocks
+            of scale 0.
         dice: the four words of `contract.philox`.
     """
-    return _word(words[:4], inverse, dice[:2]), _word(words[4:], inverse, dice[2:])
+    factor = ptx.mul(inverse, 2.0**-15)
+    return _word(words[:4], factor, dice[:2]), _word(words[4:], factor, dice[2:])
 
 
-def _word(words: list[Any], inverse: Any, dice: list[Any]) -> Any:
-    pairs = []
+def _word(words: list[Any], factor: Any, dice: list[Any]) -> Any:
+    evens, odds = [], []
     for i, w in enumerate(words):
-        even = _code(ptx.real(w << 16), inverse, dice[i // 2], 2 * i % 4)
-        odd = _code(ptx.real(w & ptx.u32(0xFFFF0000)), inverse, dice[i // 2], (2 * i + 1) % 4)
-        pairs.append(even + (odd << 4))
-    low, high = ptx.prmt(pairs[0], pairs[1], 0x0040), ptx.prmt(pairs[2], pairs[3], 0x0040)
-    word = ptx.prmt(low, high, 0x5410)
+        evens.append(_magnitude(ptx.real(w << 16), factor, dice[i // 2], 2 * i % 4))
+        odd = ptx.real(w & ptx.u32(0xFFFF0000))
+        odds.append(_magnitude(odd, factor, dice[i // 2], (2 * i + 1) % 4))
+    # A magnitude times 2^-14 is twice its code as E5M2: below 2^-14 steps are equal, and from
+    # there on each binade has four.
+    word = (ptx.e5m2x4(*evens) >> 1) + (ptx.e5m2x4(*odds) << 3)
+    # 8, of a y above 6 with unlucky dice, has code 8: one too many.
+    word = word - ((word & ptx.u32(0x88888888)) >> 3)
     # Selectors with bit 3 repeat the sign of a byte: 0xff where x < 0.
     left, right = ptx.prmt(words[0], words[1], 0xFBD9), ptx.prmt(words[2], words[3], 0xFBD9)
-    evens, odds = ptx.prmt(left, right, 0x5410), ptx.prmt(left, right, 0x7632)
-    return word | (evens & 0x08080808) | (odds & ptx.u32(0x80808080))
+    even_signs, odd_signs = ptx.prmt(left, right, 0x5410), ptx.prmt(left, right, 0x7632)
+    return word | (even_signs & 0x08080808) | (odd_signs & ptx.u32(0x80808080))
 
 
-def _code(x: Any, inverse: Any, dice: Any, byte: int) -> Any:
-    """A register whose low byte is the code of |x| * inverse; `byte` of `dice` is thrown."""
-    y = ptx.minimum(ptx.absolute(ptx.mul(x, inverse)), 6.0)
-    binade = ptx.bits(ptx.maximum(y, 1.0)) & EXPONENT
+def _magnitude(x: Any, factor: Any, dice: Any, byte: int) -> Any:
+    """2^-14 times the magnitude that |x| * factor * 2^15 becomes by `byte` of `dice`: up to 8."""
+    y = ptx.absolute(ptx.mul(x, factor))
+    binade = ptx.bits(ptx.maximum(y, 2.0**-15)) & EXPONENT  # half a step
     # (byte + 1/2) / 256 from the float 2^23 + byte: exact.
     big = ptx.real(ptx.prmt(dice, ptx.u32(FLOAT_2_23), 0x7650 | byte))
     u = ptx.fma(big, 1 / 256, 1 / 512 - 2.0**15)
-    z = ptx.fma(y, ptx.real(ptx.u32(EXPONENT) - binade), u)  # y / step + u
-    # The lowest bits of this sum hold floor(z) + 2; binade >> 22 is 254, 256 or 258.
-    return ptx.bits(ptx.add_down(z, 2.0**23 + 2)) + (binade >> 22)
+    # The exponents of y / step and of its factor add up to 255 for any power of two in y.
+    z = ptx.fma(y, ptx.real(ptx.u32(EXPONENT) - binade), u)
+    whole = ptx.sub(ptx.add_down(z, 2.0**23), 2.0**23)
+    return ptx.mul(whole, ptx.real(binade))

@@ -6,13 +6,11 @@ from fos_compile.kernels.cute import host_general as general
 from fos_compile.kernels.cute.cache import KernelKey
 
 CTAS_PER_SM = 4
-MAX_TURNS = 16
-"""What an entry of the kernel's queues can hold."""
 
 
 def signature(key: KernelKey) -> tuple[Any, list[Any]]:
     """The kernel and what it is compiled for; sizes are symbolic."""
-    from cutlass import Int32, Int64, Uint32
+    from cutlass import Int64, Uint32
 
     from fos_compile.kernels.cute.contract import Rules
     from fos_compile.kernels.cute.quantize_staged import QuantizeStaged, Side
@@ -26,7 +24,7 @@ def signature(key: KernelKey) -> tuple[Any, list[Any]]:
         for which in ("row", "col")
     ]
     addresses = [Int64(0)] * 7
-    numbers = [Uint32(0), Uint32(0), Int32(1), Uint32(0)]
+    numbers = [Uint32(0), Uint32(0), Uint32(0)]
     return QuantizeStaged(*sides), [
         general.fake_matrix(key), *addresses, *numbers, general.env_stream(),
     ]  # fmt: skip

@@ -255,6 +255,15 @@ def e4m3x2(low: Any, high: Any) -> Any:
     return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[low, high])
 
 
+def e5m2x4(a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Four float32, rounded to nearest even E5M2 and saturated: bytes 0 to 3 (sm_89 and up)."""
+    code = (
+        "{ .reg .b16 l, h; cvt.rn.satfinite.e5m2x2.f32 l, {$r1}, {$r0}; "
+        "cvt.rn.satfinite.e5m2x2.f32 h, {$r3}, {$r2}; mov.b32 {$w0}, {l, h}; }"
+    )
+    return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b, c, d])
+
+
 def from_e4m3x2(a: Any) -> Any:
     """E4M3 bytes 0 and 1 as two float16."""
     code = "{ .reg .b16 t; cvt.u16.u32 t, {$r0}; cvt.rn.f16x2.e4m3x2 {$w0}, t; }"

@@ -71,9 +71,9 @@ class QuantizeBlocks:
         chunks = cute.ceil_div(x.shape[2], 4 * self.width)
         tensor = contract.tensor_of(ptx.load_f32(amax), self.rules.qs)
         outside = contract.outside_midrange(tensor)
-        key = (Uint32(0), Uint32(0))
+        keys: list[Any] = []
         if cutlass.const_expr(self.rules.rounding != "nearest"):
-            key = ptx.load_v2(seed)
+            keys = contract.keys_of(ptx.load_v2(seed))
         inside = Uint32(1) if row < x.shape[1] else Uint32(0)
         first = by * rounds
         for chunk in cutlass.range(first, cutlass.min(first + rounds, chunks)):
@@ -90,7 +90,7 @@ class QuantizeBlocks:
             line = Int64(batch) * x.shape[1] + row
             if cutlass.const_expr(self.rules.rounding != "nearest"):
                 group = line * (chunks * (self.width // 4)) + col // 16
-                offsets = self.offsets(key, group, dice)
+                offsets = self.offsets(keys, group, dice)
             words: list[Any] = []
             scale = Uint32(0)
             if cutlass.const_expr(self.rules.format == "mxfp4"):
@@ -103,10 +103,10 @@ class QuantizeBlocks:
             tile = (Int64(batch) * cute.ceil_div(x.shape[1], 128) + (bx >> 2)) * chunks + chunk
             ptx.store_u8(scales + tile * 512 + place.scale, scale * inside, 1)
 
-    def offsets(self, key: Any, group: Any, dice: Any) -> list[Any]:
+    def offsets(self, keys: Any, group: Any, dice: Any) -> list[Any]:
         """Dice of all elements of a block whose first group of 16 is `group`."""
         found = []
         for i in range(self.width // 16):
-            words = contract.philox(key, tiles.words_of(group + i), dice)
+            words = contract.philox(keys, tiles.words_of(group + i), dice)
             found += contract.offsets(words)
         return found

@@ -1,27 +1,22 @@
 """A bf16 matrix to NVFP4 in one or both orientations from one read: 1D blocks, mse or static_6.
 
 A CTA copies a tile of 128x128 to shared memory (`staged`) and quantizes its rows, its columns or
-both, a thread a block of 16 at a time; then the next tile. As in `quantize_filtered`, blocks that a
-filter cannot decide are remembered and go through `contract` later, when there are enough of them
-to fill the warps of the CTA, or at its end. They are then read from global memory again.
+both; a thread has a block of 16 at a time. As in `quantize_filtered`, blocks that a filter cannot
+decide are remembered and go through `contract` when all others are done, a thread a block.
 """
 
 from typing import Any, NamedTuple
 
 import cutlass
-from cutlass import Int32, Int64, Uint32, cute
+from cutlass import Int32, Int64, Uint16, Uint32, cute
 from cutlass.cute import arch
 
 from fos_compile.kernels.cute import contract, fast, ptx, shared, staged, tiles
-from fos_compile.kernels.cute.host_quantize_staged import CTAS_PER_SM
 
 THREADS = staged.THREADS
-WARPS = THREADS // 32
 ROUNDS = staged.SIDE * staged.SIDE // 16 // THREADS
-"""Blocks of an orientation and a tile that a thread has."""
-ENOUGH = 512
-"""Undecided blocks of an orientation that are worth a stop."""
-QUEUE = ENOUGH + ROUNDS * THREADS
+"""Blocks of an orientation that a thread has."""
+CTAS_PER_SM = 4
 
 
 class Side(NamedTuple):
@@ -31,46 +26,32 @@ class Side(NamedTuple):
     rht: bool
 
 
-class Constants(NamedTuple):
-    """What one orientation of a CTA needs."""
+class Output(NamedTuple):
+    """What one orientation of the tile needs; rows and columns are those of this orientation."""
 
     tensor: Any
     outside: Any
     values: Any
-    """Address."""
-    scales: Any
-    """Address."""
-    rows: Any
-    """Of a matrix in this orientation."""
-    chunks: Any
-    """Of 64 columns in a row."""
-    tiles: Any
-    """Tiles down."""
-    stream: Any
-    key: Any
-    """Words of the seed."""
-    staged: Any
-    """Shared address of the scales of a tile."""
-    queue: Any
-    """Shared address of undecided blocks."""
-    count: Any
-    """Shared address of how many those are."""
-
-
-class Output(NamedTuple):
-    """One orientation of a tile."""
-
-    constants: Any
-    values: Any
     """Address of the tile's first byte of values."""
+    pitch: Any
+    """Bytes from one row of values to the next."""
+    scales: Any
+    """Shared address of staged scales."""
     rows: Any
-    """Rows of the tile that exist; may exceed 128."""
+    """Rows of the tile that exist, up to 128."""
     blocks: Any
-    """Blocks of a row from here on, padding included; may exceed 8."""
+    """Blocks of a row that exist, up to 8: padding included."""
     group: Any
     """Number of the first group of 16, for the dice."""
-    scales: Any
-    """Address of the first of two scale tiles."""
+    groups: Any
+    """Groups in a row."""
+    keys: Any
+    """Shared address of the keys of Philox's rounds."""
+    stream: Any
+    queue: Any
+    """Of undecided blocks."""
+    count: Any
+    """How many those are."""
 
 
 class QuantizeStaged:
@@ -98,25 +79,32 @@ class QuantizeStaged:
         scales_row: Int64,  # address of uint8 [B, L]
         values_col: Int64,  # address of uint8 [B, C, roundup(R, 64) / 2]
         scales_col: Int64,
-        stream_row: Uint32,  # which dice
-        stream_col: Uint32,
-        turns: Int32,  # tiles of a CTA, at most host_quantize_staged.MAX_TURNS
+        dice_row: Uint32,  # streams
+        dice_col: Uint32,
         half_exponents: Uint32,  # of host_quantize_filtered
         stream: Any,
     ) -> None:
         """Launch on `stream`."""
-        down = cute.ceil_div(x.shape[1], staged.SIDE)
         across = cute.ceil_div(x.shape[2], staged.SIDE)
         self.kernel(
-            x, amax_row, amax_col, seed, values_row, scales_row, values_col, scales_col,
-            stream_row, stream_col, turns, half_exponents,
+            x,
+            amax_row,
+            amax_col,
+            seed,
+            values_row,
+            scales_row,
+            values_col,
+            scales_col,
+            dice_row,
+            dice_col,
+            half_exponents,
         ).launch(
-            grid=(cute.ceil_div(x.shape[0] * down * across, turns), 1, 1),
+            grid=(cute.ceil_div(x.shape[1], staged.SIDE) * across, x.shape[0], 1),
             block=(THREADS, 1, 1),
             stream=stream,
             min_blocks_per_mp=CTAS_PER_SM,
             preferred_smem_carveout=100,
-        )  # fmt: skip
+        )
 
     @cute.kernel
     def kernel(
@@ -129,144 +117,137 @@ class QuantizeStaged:
         scales_row: Int64,
         values_col: Int64,
         scales_col: Int64,
-        stream_row: Uint32,
-        stream_col: Uint32,
-        turns: Int32,
+        dice_row: Uint32,
+        dice_col: Uint32,
         half_exponents: Uint32,
     ) -> None:
         """One CTA."""
         tid, _, _ = arch.thread_idx()
-        bx, _, _ = arch.block_idx()
-        down = cute.ceil_div(x.shape[1], staged.SIDE)
+        which, batch, _ = arch.block_idx()
         across = cute.ceil_div(x.shape[2], staged.SIDE)
+        band, bar = which // across, which % across
         tile = self.alloc(staged.TILE_BYTES)
-        counts, numbers = self.alloc(8), self.alloc(32)
-        first = bx * turns
-        turns = cutlass.min(turns, x.shape[0] * down * across - first)
-        batch, band, bar = position(x, first)
+        staged_row, staged_col = self.alloc(staged.SCALE_BYTES), self.alloc(staged.SCALE_BYTES)
+        queue_row = self.alloc(2 * ROUNDS * THREADS)
+        queue_col = self.alloc(2 * ROUNDS * THREADS)
+        counts, constants = self.alloc(8), self.alloc(32)
+        keys = self.alloc(80)
         staged.copy_tile(tile, x, batch, band * staged.SIDE, bar * staged.SIDE, tid)
-        key = (Uint32(0), Uint32(0))
         if cutlass.const_expr(self.has_dice):
-            key = ptx.load_v2(seed)
+            if tid == 64:
+                store_keys(keys, seed)
+        bands = cute.ceil_div(x.shape[1], staged.SIDE)
+        chunks_row, chunks_col = cute.ceil_div(x.shape[2], 64), cute.ceil_div(x.shape[1], 64)
         if tid == 0:
             shared.store_v2(counts, Uint32(0), Uint32(0))
             if cutlass.const_expr(self.row is not None):
-                store_numbers(numbers, amax_row, self.row.rules.qs)
+                store_constants(constants, amax_row, self.row.rules.qs)
         if tid == 32:
             if cutlass.const_expr(self.col is not None):
-                store_numbers(numbers + 16, amax_col, self.col.rules.qs)
+                store_constants(constants + 16, amax_col, self.col.rules.qs)
+        shared.wait_copies()
         arch.sync_threads()
-        rows = cols = None
         if cutlass.const_expr(self.row is not None):
-            rows = self.constants(
-                numbers, values_row, scales_row, (x.shape[1], x.shape[2]), stream_row, key, counts
-            )
-        if cutlass.const_expr(self.col is not None):
-            cols = self.constants(
-                numbers + 16, values_col, scales_col, (x.shape[2], x.shape[1]), stream_col, key,
-                counts + 4,
+            rows = self.output(
+                constants, values_row, (batch, x.shape[1], band, bar, chunks_row),
+                keys, dice_row, staged_row, queue_row, counts,
             )  # fmt: skip
-        for turn in cutlass.range(turns):
-            shared.wait_copies()
-            arch.sync_threads()
-            if cutlass.const_expr(self.row is not None):
-                out = output(rows, batch, band, bar)
-                self.quantize_rows(tile, out, turn, tid, half_exponents)
-            if cutlass.const_expr(self.col is not None):
-                out = output(cols, batch, bar, band)
-                self.quantize_columns(tile, out, turn, tid, half_exponents)
-            arch.sync_threads()
-            # Two warps write the scales of rows, the next two those of columns.
-            if cutlass.const_expr(self.row is not None):
-                if tid < 64:
-                    out = output(rows, batch, band, bar)
-                    staged.write_scales(rows.staged, out.scales, out.blocks, tid)
-            if cutlass.const_expr(self.col is not None):
-                if tid >= 64 and tid < 128:
-                    out = output(cols, batch, bar, band)
-                    staged.write_scales(cols.staged, out.scales, out.blocks, tid - 64)
-            bar += 1
-            if bar == across:
-                bar = Int32(0)
-                band += 1
-                if band == down:
-                    band = Int32(0)
-                    batch += 1
-            if turn + 1 < turns:
-                staged.copy_tile(tile, x, batch, band * staged.SIDE, bar * staged.SIDE, tid)
-            found = shared.load_v2(counts)
-            if found[0] >= ENOUGH or found[1] >= ENOUGH or turn + 1 == turns:
-                arch.sync_threads()  # the exact scales come last
-                self.finish(x, rows, cols, first, found, tid)
-                arch.sync_threads()
-                if tid == 0:
-                    shared.store_v2(counts, Uint32(0), Uint32(0))
+            self.quantize_rows(tile, rows, tid, half_exponents)
+        if cutlass.const_expr(self.col is not None):
+            columns = self.output(
+                constants + 16, values_col, (batch, x.shape[2], bar, band, chunks_col),
+                keys, dice_col, staged_col, queue_col, counts + 4,
+            )  # fmt: skip
+            self.quantize_columns(tile, columns, tid, half_exponents)
+        arch.sync_threads()
+        # Odd warps take columns, even ones rows, if there are both.
+        both = cutlass.const_expr(self.row is not None and self.col is not None)
+        lane, warp = tid & 31, tid >> 5
+        first = (warp >> 1) * 32 + lane if cutlass.const_expr(both) else tid
+        step = THREADS // 2 if cutlass.const_expr(both) else THREADS
+        if cutlass.const_expr(self.row is not None):
+            if cutlass.const_expr(not both) or (warp & 1) == 0:
+                self.finish_rows(tile, rows, Uint32(first), step)
+        if cutlass.const_expr(self.col is not None):
+            if cutlass.const_expr(not both) or (warp & 1) == 1:
+                self.finish_columns(tile, columns, Uint32(first), step)
+        arch.sync_threads()
+        if cutlass.const_expr(self.row is not None):
+            if warp < 2:
+                tile_row = (Int64(batch) * bands + band) * chunks_row + bar * 2
+                staged.write_scales(staged_row, scales_row + tile_row * 512, rows.blocks, tid)
+        if cutlass.const_expr(self.col is not None):
+            if (warp >> 1) == 1:
+                tile_col = (Int64(batch) * across + bar) * chunks_col + band * 2
+                to = scales_col + tile_col * 512
+                staged.write_scales(staged_col, to, columns.blocks, tid & 63)
 
     def alloc(self, size: int) -> Any:
         """Shared address of `size` bytes."""
         return shared.address_of(arch.alloc_smem(cutlass.Uint8, size, alignment=128))
 
     @cute.jit
-    def constants(
+    def output(
         self,
-        numbers: Uint32,
+        constants: Uint32,
         values: Int64,
-        scales: Int64,
-        shape: tuple[Int32, Int32],
+        where: tuple[Int32, Int32, Int32, Int32, Int32],
+        keys: Uint32,
         stream: Uint32,
-        key: Any,
+        scales: Uint32,
+        queue: Uint32,
         count: Uint32,
     ) -> Any:
-        """Of the orientation in which a matrix has this shape."""
-        amax, encode, decode, outside = shared.load_v4(numbers)
-        return Constants(
+        """The orientation with `where` = batch, its rows, its tile down, its tile across, chunks."""
+        batch, rows, down, across, chunks = where
+        amax, encode, decode, outside = shared.load_v4(constants)
+        line = Int64(batch) * rows + down * staged.SIDE
+        pitch = chunks * 32
+        return Output(
             tensor=contract.Tensor(ptx.real(amax), ptx.real(encode), ptx.real(decode)),
             outside=outside,
-            values=values,
+            values=values + line * pitch + across * (staged.SIDE // 2),
+            pitch=pitch,
             scales=scales,
-            rows=shape[0],
-            chunks=cute.ceil_div(shape[1], 64),
-            tiles=cute.ceil_div(shape[0], staged.SIDE),
+            rows=rows - down * staged.SIDE,
+            blocks=chunks * 4 - across * 8,
+            group=line * (chunks * 4) + across * 8,
+            groups=chunks * 4,
+            keys=keys,
             stream=stream,
-            key=key,
-            staged=self.alloc(staged.SCALE_BYTES),
-            queue=self.alloc(2 * QUEUE),
+            queue=queue,
             count=count,
         )
 
     @cute.jit
     def quantize_rows(
-        self, tile: Uint32, out: Any, turn: Int32, tid: Int32, half_exponents: Uint32
+        self, tile: Uint32, out: cutlass.Constexpr, tid: Int32, half_exponents: Uint32
     ) -> None:
-        """All row blocks of a tile."""
+        """All row blocks of the tile."""
         near = Uint32(0)
         for i in cutlass.range(ROUNDS):
             row, block = row_task(tid, i)
             words = staged.row_block(tile, row, block)
-            found = self.quantize(words, self.row, out, row, block, half_exponents)
-            near = near | (found << Uint32(i))
-        self.remember(out.constants, near, turn, tid)
+            near = near | (
+                self.quantize(words, self.row, out, row, block, half_exponents) << Uint32(i)
+            )
+        self.remember(out, near, tid)
 
     @cute.jit
     def quantize_columns(
-        self, tile: Uint32, out: Any, turn: Int32, tid: Int32, half_exponents: Uint32
+        self, tile: Uint32, out: cutlass.Constexpr, tid: Int32, half_exponents: Uint32
     ) -> None:
-        """All column blocks of a tile, two neighbours a round."""
+        """All column blocks of the tile, two neighbours a round."""
         near = Uint32(0)
-        this, other = cute.make_rmem_tensor(8, Uint32), cute.make_rmem_tensor(8, Uint32)
         for i in cutlass.range(ROUNDS // 2):
             pair, group = column_task(tid, i)
-            even, odd = staged.column_pair(tile, group, pair)
-            for j in cutlass.range_constexpr(8):
-                this[j], other[j] = even[j], odd[j]
+            rows = staged.column_rows(tile, group, pair)
             for side in cutlass.range(2):
-                words = [this[j] for j in range(8)]
+                words = staged.column_of(rows, Uint32(side))
                 column = pair * 2 + side
                 found = self.quantize(words, self.col, out, column, group, half_exponents)
                 near = near | (found << Uint32(i * 2 + side))
-                for j in cutlass.range_constexpr(8):
-                    this[j] = other[j]
-        self.remember(out.constants, near, turn, tid)
+        self.remember(out, near, tid)
 
     @cute.jit
     def quantize(
@@ -283,124 +264,78 @@ class QuantizeStaged:
         if row < out.rows and block < out.blocks:
             exists = ptx.u32(0xFF)
         words = fast.rotated(words) if cutlass.const_expr(side.rht) else words
-        constants = out.constants
-        dice = throw(side, out, row, block)
-        done = fast.block(words, constants.tensor, side.rules, dice, half_exponents)
+        done = fast.block(
+            words, out.tensor, side.rules, self.throw(side, out, row, block), half_exponents
+        )
         ptx.store_v2(address(out, row, block), done.low, done.high, exists)
-        place = constants.staged + Uint32(staged.place_of_scale(row, block))
+        place = out.scales + Uint32(staged.place_of_scale(row, block))
         shared.store_u8(place, done.scale & exists)
-        return (done.near | constants.outside) & exists
+        return (done.near | out.outside) & exists
+
+    def throw(self, side: Side, out: Any, row: Any, block: Any) -> list[Any] | None:
+        """The dice of a block."""
+        if side.rules.rounding == "nearest":
+            return None
+        group = out.group + Int64(row) * out.groups + block
+        return contract.philox(load_keys(out.keys), tiles.words_of(group), out.stream)
 
     @cute.jit
-    def remember(self, constants: Any, near: Uint32, turn: Int32, tid: Int32) -> None:
-        """Queue this thread's undecided blocks of a tile, a bit a round."""
+    def remember(self, out: Any, near: Uint32, tid: Int32) -> None:
+        """Queue this thread's undecided blocks, a bit a round."""
         if near != 0:
-            slot = shared.atomic_add(constants.count, ptx.popc(near))
+            slot = shared.atomic_add(out.count, ptx.popc(near))
             while near != 0:
-                entry = (Uint32(turn) * ROUNDS + ptx.find_low(near)) * THREADS + Uint32(tid)
-                shared.store_u16(constants.queue + slot * 2, entry)
+                shared.store_u16(out.queue + slot * 2, ptx.find_low(near) * THREADS + Uint32(tid))
                 near = near & (near - 1)
                 slot += 1
 
     @cute.jit
-    def finish(
-        self, x: cute.Tensor, rows: Any, cols: Any, first: Int32, found: Any, tid: Int32
+    def finish_rows(self, tile: Uint32, out: Any, first: Uint32, step: cutlass.Constexpr) -> None:
+        """The undecided row blocks."""
+        for j in cutlass.range(first, shared.load_b32(out.count), step):
+            entry = Int32(shared.load_u16(out.queue + j * 2))
+            row, block = row_task(entry % THREADS, entry // THREADS)
+            self.finish(staged.row_block(tile, row, block), self.row, out, row, block)
+
+    @cute.jit
+    def finish_columns(
+        self, tile: Uint32, out: Any, first: Uint32, step: cutlass.Constexpr
     ) -> None:
-        """The undecided blocks: warps take 32 at a time, of rows first."""
-        tasks_row, tasks_col = (found[0] + 31) >> 5, (found[1] + 31) >> 5
-        lane = Uint32(tid & 31)
-        for task in cutlass.range(Uint32(tid >> 5), tasks_row + tasks_col, WARPS):
-            if cutlass.const_expr(self.row is not None):
-                entry = task * 32 + lane
-                if task < tasks_row and entry < found[0]:
-                    self.finish_row(x, rows, first, Int32(shared.load_u16(rows.queue + entry * 2)))
-            if cutlass.const_expr(self.col is not None):
-                entry = (task - tasks_row) * 32 + lane
-                if task >= tasks_row and entry < found[1]:
-                    self.finish_col(x, cols, first, Int32(shared.load_u16(cols.queue + entry * 2)))
+        """The undecided column blocks."""
+        for j in cutlass.range(first, shared.load_b32(out.count), step):
+            entry = Int32(shared.load_u16(out.queue + j * 2))
+            who, turn = entry % THREADS, entry // THREADS
+            pair, group = column_task(who, turn >> 1)
+            rows = staged.column_rows(tile, group, pair)
+            words = staged.column_of(rows, Uint32(turn & 1))
+            self.finish(words, self.col, out, pair * 2 + (turn & 1), group)
 
     @cute.jit
-    def finish_row(self, x: cute.Tensor, constants: Any, first: Int32, entry: Int32) -> None:
-        """One row block."""
-        tid, i, turn = parts(entry)
-        row, block = row_task(tid, i)
-        batch, band, bar = position(x, first + turn)
-        col = bar * staged.SIDE + block * 16
-        at = x.iterator.toint() + 2 * (
-            Int64(batch) * x.stride[0] + Int64(band * staged.SIDE + row) * x.stride[1] + Int64(col)
-        )
-        words: list[Any] = []
-        for half in cutlass.range_constexpr(2):
-            wanted = Uint32(1) if col + 8 * half < x.shape[2] else Uint32(0)
-            words += ptx.load_stream_v4(at + 16 * half, wanted)
-        self.finish_block(words, self.row, output(constants, batch, band, bar), row, block)
-
-    @cute.jit
-    def finish_col(self, x: cute.Tensor, constants: Any, first: Int32, entry: Int32) -> None:
-        """One column block."""
-        tid, i, turn = parts(entry)
-        pair, group = column_task(tid, i >> 1)
-        column = pair * 2 + (i & 1)
-        batch, band, bar = position(x, first + turn)
-        row = band * staged.SIDE + group * 16
-        at = x.iterator.toint() + 2 * (
-            Int64(batch) * x.stride[0]
-            + Int64(row) * x.stride[1]
-            + Int64(bar * staged.SIDE + column)
-        )
-        halves = []
-        for j in cutlass.range_constexpr(16):
-            wanted = Uint32(1) if row + j < x.shape[1] else Uint32(0)
-            halves.append(ptx.load_b16(at + j * 2 * x.stride[1], wanted))
-        words = [ptx.prmt(halves[j], halves[j + 1], 0x5410) for j in range(0, 16, 2)]
-        self.finish_block(words, self.col, output(constants, batch, bar, band), column, group)
-
-    @cute.jit
-    def finish_block(
+    def finish(
         self, words: list[Any], side: cutlass.Constexpr, out: Any, row: Int32, block: Int32
     ) -> None:
-        """By the contract, straight to global memory."""
+        """One block by the contract."""
         words = fast.rotated(words) if cutlass.const_expr(side.rht) else words
-        dice = throw(side, out, row, block)
-        tensor, outside = out.constants.tensor, out.constants.outside
-        codes, scale = fast.exact(words, tensor, side.rules, dice, outside)
+        dice = self.throw(side, out, row, block)
+        codes, scale = fast.exact(words, out.tensor, side.rules, dice, out.outside)
         ptx.store_v2(address(out, row, block), codes[0], codes[1], 1)
-        ptx.store_u8(out.scales + staged.place_of_scale(row, block), scale, 1)
+        shared.store_u8(out.scales + Uint32(staged.place_of_scale(row, block)), scale)
 
 
-@cute.jit
-def position(x: cute.Tensor, number: Int32) -> Any:
-    """(batch, tile down, tile across) of a tile."""
-    down = cute.ceil_div(x.shape[1], staged.SIDE)
-    across = cute.ceil_div(x.shape[2], staged.SIDE)
-    line = number // across
-    return line // down, line % down, number % across
+def store_keys(to: Any, seed: Any) -> None:
+    """The ten keys of Philox, so that not every block adds them up."""
+    keys = [word for key in contract.keys_of(ptx.load_v2(seed)) for word in key]
+    for i in range(0, len(keys), 4):
+        shared.store_v4(to + 4 * i, keys[i : i + 4])
 
 
-def output(constants: Any, batch: Any, down: Any, across: Any) -> Any:
-    """The tile at these places in one orientation."""
-    chunks = constants.chunks
-    line = Int64(batch) * constants.rows + down * staged.SIDE
-    band = Int64(batch) * constants.tiles + down
-    return Output(
-        constants=constants,
-        values=constants.values + line * (chunks * 32) + across * (staged.SIDE // 2),
-        rows=constants.rows - down * staged.SIDE,
-        blocks=chunks * 4 - across * 8,
-        group=line * (chunks * 4) + across * 8,
-        scales=constants.scales + (band * chunks + across * 2) * 512,
-    )
+def load_keys(at: Any) -> list[Any]:
+    """What `store_keys` left."""
+    words = [word for i in range(0, 20, 4) for word in shared.load_v4(at + 4 * i)]
+    return list(zip(words[::2], words[1::2], strict=True))
 
 
-def throw(side: Side, out: Any, row: Any, block: Any) -> list[Any] | None:
-    """The dice of a block."""
-    if side.rules.rounding == "nearest":
-        return None
-    group = out.group + Int64(row) * (out.constants.chunks * 4) + block
-    return contract.philox(out.constants.key, tiles.words_of(group), out.constants.stream)
-
-
-def store_numbers(to: Any, amax: Any, qs: float) -> None:
+def store_constants(to: Any, amax: Any, qs: float) -> None:
     """What is common to all blocks of an orientation: two divisions, by one thread for all."""
     tensor = contract.tensor_of(ptx.load_f32(amax), qs)
     numbers = [ptx.bits(number) for number in tensor]
@@ -409,7 +344,7 @@ def store_numbers(to: Any, amax: Any, qs: float) -> None:
 
 def row_task(tid: Any, turn: Any) -> tuple[Any, Any]:
     """(row, block): a warp takes 8 blocks of 4 rows."""
-    return (turn * WARPS + (tid >> 5)) * 4 + ((tid & 31) >> 3), tid & 7
+    return (turn * (THREADS // 32) + (tid >> 5)) * 4 + ((tid & 31) >> 3), tid & 7
 
 
 def column_task(tid: Any, turn: Any) -> tuple[Any, Any]:
@@ -423,11 +358,6 @@ def column_task(tid: Any, turn: Any) -> tuple[Any, Any]:
     return chunk * 4 + ((lane >> 2) & 3), turn * 4 + (lane & 3)
 
 
-def parts(entry: Any) -> tuple[Any, Any, Any]:
-    """(thread, round, tile of the CTA) of a queue's entry."""
-    return entry % THREADS, (entry // THREADS) % ROUNDS, entry // (THREADS * ROUNDS)
-
-
 def address(out: Any, row: Any, block: Any) -> Any:
     """Of the values of a block."""
-    return out.values + Int64(row) * (out.constants.chunks * 32) + block * 8
+    return out.values + Int64(row) * out.pitch + block * 8

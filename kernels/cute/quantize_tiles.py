@@ -63,9 +63,9 @@ class QuantizeTiles:
         chunks = cute.ceil_div(x.shape[2], 64)
         tensor = contract.tensor_of(ptx.load_f32(amax), self.rules.qs)
         outside = contract.outside_midrange(tensor)
-        key = (Uint32(0), Uint32(0))
+        keys: list[Any] = []
         if cutlass.const_expr(self.rules.rounding != "nearest"):
-            key = ptx.load_v2(seed)
+            keys = contract.keys_of(ptx.load_v2(seed))
         inside = Uint32(1) if row < x.shape[1] else Uint32(0)
         first = by * rounds
         for chunk in cutlass.range(first, cutlass.min(first + rounds, chunks)):
@@ -77,7 +77,7 @@ class QuantizeTiles:
             line = Int64(batch) * x.shape[1] + row
             if cutlass.const_expr(self.rules.rounding != "nearest"):
                 group = line * (chunks * 4) + col // 16
-                random = contract.philox(key, tiles.words_of(group), dice)
+                random = contract.philox(keys, tiles.words_of(group), dice)
                 offsets = contract.offsets(contract.transpose_bits(random, 8))
             words: list[Any] = []
             scale = Uint32(0)

@@ -53,6 +53,13 @@ def load_b32(address: Any) -> Any:
     return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[address])
 
 
+def load_u8(address: Any) -> Any:
+    """A byte."""
+    return arch.inline_ptx(
+        "ld.shared.u8 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[address]
+    )
+
+
 def load_u16(address: Any) -> Any:
     """2 aligned bytes."""
     code = "{ .reg .b16 t; ld.shared.b16 t, [{$r0}]; cvt.u32.u16 {$w0}, t; }"

@@ -80,13 +80,24 @@ def row_block(tile: Any, row: Any, block: Any) -> list[Any]:
     return [*shared.load_v4(at), *shared.load_v4(at + 128)]
 
 
-def column_pair(tile: Any, group: Any, pair: Any) -> tuple[list[Any], list[Any]]:
-    """The 16 bf16 of rows 16 group, ... of columns 2 pair and 2 pair + 1, eight words each."""
+def column_rows(tile: Any, group: Any, pair: Any) -> list[Any]:
+    """Rows 16 group, ... of columns 2 pair and 2 pair + 1: a word each."""
     chunk = pair >> 2
     # Rows of a group share bits 1 and 2 of the swizzle; bits 4 to 6 of the address take the rest.
     corner = place_of_chunk(group * 16, chunk) + (pair & 3) * 4
     at = tile + Uint32(corner)
-    rows = [shared.load_b32((at ^ ((i & 7) << 4)) + i * 256) for i in range(16)]
+    return [shared.load_b32((at ^ ((i & 7) << 4)) + i * 256) for i in range(16)]
+
+
+def column_of(rows: list[Any], side: Any) -> list[Any]:
+    """The left (0) or right (1) column of `column_rows`, eight words of two rows."""
+    selector = ptx.where_nonzero(side, 0x7632, 0x5410)
+    return [ptx.prmt(rows[i], rows[i + 1], selector) for i in range(0, 16, 2)]
+
+
+def column_pair(tile: Any, group: Any, pair: Any) -> tuple[list[Any], list[Any]]:
+    """The 16 bf16 of rows 16 group, ... of columns 2 pair and 2 pair + 1, eight words each."""
+    rows = column_rows(tile, group, pair)
     even = [ptx.prmt(rows[i], rows[i + 1], 0x5410) for i in range(0, 16, 2)]
     odd = [ptx.prmt(rows[i], rows[i + 1], 0x7632) for i in range(0, 16, 2)]
     return even, odd

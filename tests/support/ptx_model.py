@@ -10,6 +10,7 @@ import types
 from typing import Any
 
 import numpy as np
+import torch
 
 F32, U32, F16, U16 = np.float32, np.uint32, np.float16, np.uint16
 _random = np.random.default_rng(0)
@@ -64,8 +65,13 @@ def rcp(a):
 def rcp_approx(a):
     a = _f32(a)
     r = F32(1) / np.where(np.abs(a) < 2.0**-126, np.copysign(F32(0), a), a)
-    off = np.nextafter(r, np.where(_random.random(a.shape) < 0.5, -np.inf, np.inf).astype(F32))
-    r = np.where(np.isfinite(r) & (_random.random(a.shape) < 0.5), off, r)
+    # The neighbour beyond the exact quotient is within one ulp, too. Devices round a divisor of
+    # all ones right: the sequence that nvcc makes of rcp.rn relies on that as well.
+    beyond = np.where(np.asarray(r, np.float64) * a > 1, np.copysign(F32(0), r), r * F32(2))
+    other = np.nextafter(r, beyond)
+    may = np.isfinite(r) & (r != 0) & ((bits(a) & U32(0x7FFFFF)) != 0x7FFFFF)
+    may &= np.asarray(r, np.float64) * a != 1
+    r = np.where(may & (_random.random(a.shape) < 0.5), other, r)
     return np.where(np.abs(r) < 2.0**-126, np.copysign(F32(0), r), r)
 
 
@@ -231,6 +237,12 @@ def e4m3x2(low, high):
         nan = np.isnan(s)
         codes.append(np.where(nan, U32(0x7F), _round_e4m3(np.where(nan, F32(0), s))))
     return codes[0] | (codes[1] << U32(8))
+
+
+def e5m2x4(*numbers):
+    clipped = [np.clip(_f32(each), -57344, 57344) for each in numbers]
+    bytes_ = torch.from_numpy(np.stack(np.broadcast_arrays(*clipped), -1)).to(torch.float8_e5m2)
+    return bytes_.view(torch.uint8).numpy().view(U32)[..., 0]
 
 
 def from_e4m3x2(a):

@@ -76,7 +76,9 @@ def dice(rules, groups):
     if rules.rounding == "nearest":
         return None
     seed = words_of(np.asarray(SEED % 2**64))
-    words = contract.philox(seed, words_of(groups), np.full(groups.shape, STREAM, np.uint32))
+    words = contract.philox(
+        contract.keys_of(seed), words_of(groups), np.full(groups.shape, STREAM, np.uint32)
+    )
     return contract.offsets(contract.transpose_bits(words, 8) if rules.block == "2d" else words)
 
 

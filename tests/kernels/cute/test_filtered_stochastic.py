@@ -60,7 +60,7 @@ def quantize(x, amax, rule, rounding):
     pattern = SEED & 0xFFFFFFFFFFFFFFFF
     key = (np.uint32(pattern & 0xFFFFFFFF), np.uint32(pattern >> 32))
     group = (np.arange(len(x), dtype=np.uint32) * np.uint32(4), np.uint32(0))
-    dice = contract.philox(key, group, np.uint32(STREAM))
+    dice = contract.philox(contract.keys_of(key), group, np.uint32(STREAM))
     low, high = filtered_stochastic.codes(words, choice.inverse, dice)
     scale = np.asarray(choice.scale)
     got = np.stack([np.where(scale != 0, word, 0) for word in (low, high)], -1).astype(np.uint32)
@@ -102,7 +102,7 @@ def test_few_gaussian_blocks_are_near_and_those_would_be_wrong(rounding):
     assert static_near.mean() < 0.001
 
 
-CODE = filtered_stochastic._code
+MAGNITUDE = filtered_stochastic._magnitude
 ERROR = filtered_stochastic._error
 
 
@@ -119,8 +119,8 @@ MUTANTS = {
     "a wrong step": (filtered_stochastic, "HALF_2_TO_MINUS_10", 0x18001800),
     "another byte": (
         filtered_stochastic,
-        "_code",
-        lambda x, inverse, dice, byte: CODE(x, inverse, dice, byte ^ 1),
+        "_magnitude",
+        lambda x, factor, dice, byte: MAGNITUDE(x, factor, dice, byte ^ 1),
     ),
     "rounded up": (ptx_model, "add_down", ptx_model.add),
     "negative zeros kept": (ptx_model, "clear_negative_zeros_bf16x2", lambda a: a),
