@@ -1,9 +1,10 @@
 """A block of 16 bf16 by an approximation that knows when it cannot tell: stochastic rounding.
 
-As `filtered`, for the expected error of mse (docs/contract.md section 4): g(y) = (y - low)(high - y)
-below 6, (y - 6)^2 above. With d the distance to the nearest grid point and s the step that is
-|d| (s - |d|): |d| may err by much where y is halfway between two, but there g is flat. In units of
-y, with f the float16 of the factor r, `rest` = r - f, N the sum of the squares of x and y' = x f:
+As `filtered`, for the expected error of mse (docs/contract.md section 4), which below 6 is
+g(y) = (y - low)(high - y), above (y - 6)^2. With d the distance to the nearest grid point and s the
+step that is |d| (s - |d|): |d| may err by much where y is halfway between two, but there g is flat.
+In units of y, with f the float16 of the factor r, `rest` = r - f, N the sum of the squares of x and
+y' = x f:
 
 * Roundings of d, s - |d| and of five sums: 7 * 2^-11 of the error at most.
 * g is Lipschitz with the step, at most sqrt(1/4 + y^2/4), so y' costs at most the sum of

@@ -8,15 +8,15 @@ decide are remembered and go through `contract` when all others are done, a thre
 from typing import Any, NamedTuple
 
 import cutlass
-from cutlass import Int32, Int64, Uint16, Uint32, cute
+from cutlass import Int32, Int64, Uint32, cute
 from cutlass.cute import arch
 
 from fos_compile.kernels.cute import contract, fast, ptx, shared, staged, tiles
+from fos_compile.kernels.cute.host_quantize_staged import CTAS_PER_SM
 
 THREADS = staged.THREADS
 ROUNDS = staged.SIDE * staged.SIDE // 16 // THREADS
 """Blocks of an orientation that a thread has."""
-CTAS_PER_SM = 4
 
 
 class Side(NamedTuple):
@@ -198,7 +198,7 @@ class QuantizeStaged:
         queue: Uint32,
         count: Uint32,
     ) -> Any:
-        """The orientation with `where` = batch, its rows, its tile down, its tile across, chunks."""
+        """The orientation with `where` = batch, rows, tile down, tile across, chunks."""
         batch, rows, down, across, chunks = where
         amax, encode, decode, outside = shared.load_v4(constants)
         line = Int64(batch) * rows + down * staged.SIDE

@@ -13,6 +13,7 @@ from fos_compile.kernels.cute import (
     host_dequantize_blocks,
     host_quantize_blocks,
     host_quantize_filtered,
+    host_quantize_staged,
     host_quantize_tiles,
     layout,
 )
@@ -139,21 +140,40 @@ def _general(
     )
 
 
+FILTERED: dict[str, tuple[Any, ...]] = {
+    "format": ("nvfp4",),
+    "scale_rule": ("mse", "static_6"),
+    "rounding": ("nearest",),
+    "block": ("1d",),
+    "rht": BOTH,
+    "transpose": BOTH,
+}
+"""What has a filter."""
+DICE = ("stochastic", "stochastic_unbiased")
+
+
+def _staged(reads_it: Callable[[Tensor], str], by_column: bool, *roundings: str) -> Entry:
+    """One orientation of the kernel for pairs."""
+    return Entry(
+        name="quantize_staged",
+        dtypes=(torch.bfloat16,),
+        options={**FILTERED, "rounding": roundings},
+        alignment=layout.VECTOR_BYTES,
+        layout=reads_it,
+        prepare=host_quantize_staged.prepare,
+        reads={"by_column": by_column, "vector": True},
+    )
+
+
+_ROWS, *_OTHERWISE = _general(
+    "quantize_filtered", FILTERED, host_quantize_filtered, (torch.bfloat16,)
+)
 TABLES: dict[str, tuple[Entry, ...]] = {
     "quantize": (
-        *_general(
-            "quantize_filtered",
-            {
-                "format": ("nvfp4",),
-                "scale_rule": ("mse", "static_6"),
-                "rounding": ("nearest",),
-                "block": ("1d",),
-                "rht": BOTH,
-                "transpose": BOTH,
-            },
-            host_quantize_filtered,
-            (torch.bfloat16,),
-        ),
+        _ROWS,
+        _staged(layout.vector, False, *DICE),
+        _staged(host_quantize_staged.columns, True, "nearest", *DICE),
+        *_OTHERWISE,
         Entry(
             name="quantize_tiles",
             dtypes=formats.DTYPES,
@@ -203,6 +223,24 @@ TABLES: dict[str, tuple[Entry, ...]] = {
             prepare=host_dequantize_blocks.prepare,
         ),
     ),
-    "quantize_pair": (),
+    "quantize_pair": (
+        Entry(
+            name="quantize_staged",
+            dtypes=(torch.bfloat16,),
+            options={
+                "format": ("nvfp4",),
+                "scale_rule": ("mse", "static_6"),
+                "block": ("1d",),
+                "rounding_row": ("nearest", *DICE),
+                "rounding_col": ("nearest", *DICE),
+                "rht_row": BOTH,
+                "rht_col": BOTH,
+            },
+            alignment=layout.VECTOR_BYTES,
+            layout=layout.vector,
+            prepare=host_quantize_staged.prepare,
+            reads={"vector": True},
+        ),
+    ),
 }
 """A pair that no kernel here serves is two launches of quantize."""

@@ -17,8 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fos_compile.kernels import AMAX, DEQUANTIZE, QUANTIZE, formats, target
-from fos_compile.kernels.cute import host_general, host_quantize_filtered, launch
+from fos_compile.kernels import AMAX, DEQUANTIZE, QUANTIZE, QUANTIZE_PAIR, formats, target
+from fos_compile.kernels.cute import (
+    host_general,
+    host_quantize_filtered,
+    launch,
+    layout,
+    tables,
+)
 from fos_compile.kernels.cute.cache import KernelKey
 from fos_compile.kernels.op import Status
 
@@ -123,6 +129,72 @@ class Kernels:
 
     _quantize_tiles = _quantize_blocks
 
+    def _quantize_staged(
+        self,
+        key: KernelKey,
+        x: Tensor,
+        amax_row: int,
+        amax_col: int,
+        seed: int,
+        values_row: int,
+        scales_row: int,
+        values_col: int,
+        scales_col: int,
+        stream_row: int,
+        stream_col: int,
+        half_exponents: int,
+    ) -> None:
+        options: dict[str, Any] = dict(key.options)
+        assert x.dtype == torch.bfloat16 and x.dim() == 3 and x.shape[0] <= GRID
+        assert not layout.vector(x) and x.data_ptr() % layout.VECTOR_BYTES == 0
+        assert half_exponents == host_quantize_filtered.HALF_EXPONENTS
+        assert 0 <= stream_row < 2**32 and 0 <= stream_col < 2**32
+        row = amax_row, values_row, scales_row, stream_row
+        col = amax_col, values_col, scales_col, stream_col
+        single = "rounding" in options
+        for suffix, (amax, values, scales, stream) in {"_row": row, "_col": col}.items():
+            if single and options["by_column"] != (suffix == "_col"):
+                assert not values and not scales
+                continue
+            own = "" if single else suffix
+            rounding = options["rounding" + own]
+            outputs = QUANTIZE.reference(
+                x,
+                number(amax, torch.float32),
+                None if rounding == "nearest" else number(seed, torch.int64),
+                scale_rule=options["scale_rule"],
+                rounding=rounding,
+                rht=options["rht" + own],
+                transpose=suffix == "_col",
+                stream=stream,
+            )
+            for address, output in zip((values, scales), outputs, strict=True):
+                write(address, output, 8)
+
+    def _pair(
+        self,
+        key: KernelKey,
+        x: Tensor,
+        amax_row: int,
+        amax_col: int,
+        seed: int,
+        buffers: tuple[int, ...],
+        stream: int,
+    ) -> None:
+        options: dict[str, Any] = dict(key.options)
+        check_matrix(key, x, 64, 1)
+        has_dice = {options["rounding_row"], options["rounding_col"]} != {"nearest"}
+        outputs = QUANTIZE_PAIR.reference(
+            x,
+            number(amax_row, torch.float32),
+            number(amax_col, torch.float32),
+            number(seed, torch.int64) if has_dice else None,
+            **{name: options[name] for name in tables.NAMES["quantize_pair"]},
+            stream=stream,
+        )
+        for address, output in zip(buffers, outputs, strict=True):
+            write(address, output, 8)
+
     def _amax_rotated(self, key: KernelKey, x: Tensor, amax: int, rounds: int) -> None:
         check_matrix(key, x, 64, rounds)
         assert number(amax, torch.float32) == 0
@@ -156,6 +228,52 @@ class Kernels:
             dtype=getattr(torch, options["dtype"]),
         )
         write(out, output, 16)
+
+
+def prepare_pair(kernel: Any, num_sms: int, key: KernelKey, x: Tensor) -> host_general.Launch:
+    """The host side of a kernel that writes both orientations."""
+    options: dict[str, Any] = dict(key.options)
+    *batch, rows, cols = x.shape
+    sides = (*batch, rows, cols), (*batch, cols, rows)
+    new = [
+        each for shape in sides for each in host_general.buffers(shape, options["format"], x.device)
+    ]
+    if not x.numel():
+        return host_general.idle(*new)
+    read = host_general.reader(x, options.get("vector", False))
+
+    def launch(
+        x: Tensor, amax_row: Tensor, amax_col: Tensor, seed: Tensor | None, stream: int
+    ) -> tuple[Tensor, ...]:
+        buffers = tuple(each() for each in new)
+        addresses = tuple(buffer.data_ptr() for buffer in buffers)
+        dice = 0 if seed is None else seed.data_ptr()
+        kernel(read(x), amax_row.data_ptr(), amax_col.data_ptr(), dice, addresses, stream)
+        return buffers
+
+    return launch
+
+
+def pair_entry(**options: tuple[Any, ...]) -> tables.Entry:
+    """A kernel for pairs of bf16 matrices that it can read in vectors; all options by default."""
+    every: dict[str, tuple[Any, ...]] = {
+        "format": ("nvfp4",),
+        "scale_rule": formats.SCALE_RULES,
+        "block": formats.BLOCKS,
+        "rounding_row": formats.ROUNDINGS,
+        "rounding_col": formats.ROUNDINGS,
+        "rht_row": (False, True),
+        "rht_col": (False, True),
+    }
+    return tables.Entry(
+        name="pair",
+        dtypes=(torch.bfloat16,),
+        options={**every, **options},
+        layout=layout.vector,
+        prepare=prepare_pair,
+        alignment=layout.VECTOR_BYTES,
+        reads={"vector": True},
+    )
 
 
 def check_matrix(key: KernelKey, x: Tensor, chunk: int, rounds: int) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import filter_blocks
 import numpy as np
 import pytest
 import torch
 
-import filter_blocks
 import ptx_model
 from fos_compile.kernels import formats
 

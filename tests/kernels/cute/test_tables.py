@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -91,6 +92,9 @@ def all_keys():
                 options = (format, scaled, dtype)
                 for entry in fitting("dequantize", torch.uint8, options):
                     yield entry.key(torch.uint8, options)
+    for entry in TABLES["quantize_pair"]:
+        for chosen in itertools.product(*entry.options.values()):
+            yield entry.key(torch.bfloat16, chosen)
 
 
 def test_keys_hold_static_options_only():
@@ -119,6 +123,7 @@ def test_every_key_compiles_one_kernel():
         count[key.name] = count.get(key.name, 0) + 1
     assert count == {
         "quantize_filtered": 2 * 2 * 3,
+        "quantize_staged": 2 * 2 * (2 + 3) + 2 * 2 * 2 * 3 * 3,
         "quantize_tiles": 5 * 4 * 2 * 3,
         "quantize_blocks": (5 * 4 + 2 * 3) * 2 * 3 * 3,
         "amax_rotated": 3 * 3,
