@@ -15,6 +15,7 @@ from fos_compile.kernels.cute import (
     host_quantize_filtered,
     host_quantize_staged,
     host_quantize_tiles,
+    host_quantize_tiles_staged,
     layout,
 )
 from fos_compile.kernels.cute.cache import Kernel, KernelKey
@@ -165,6 +166,19 @@ def _staged(reads_it: Callable[[Tensor], str], by_column: bool, *roundings: str)
     )
 
 
+def _tiles(reads_it: Callable[[Tensor], str], by_column: bool) -> Entry:
+    """One orientation of the kernel for pairs of tiles."""
+    return Entry(
+        name="quantize_tiles_staged",
+        dtypes=(torch.bfloat16,),
+        options={**FILTERED, "block": ("2d",), "rht": (False,)},
+        alignment=layout.VECTOR_BYTES,
+        layout=reads_it,
+        prepare=host_quantize_tiles_staged.prepare,
+        reads={"by_column": by_column, "vector": True},
+    )
+
+
 _ROWS, *_OTHERWISE = _general(
     "quantize_filtered", FILTERED, host_quantize_filtered, (torch.bfloat16,)
 )
@@ -174,6 +188,8 @@ TABLES: dict[str, tuple[Entry, ...]] = {
         _staged(layout.vector, False, *DICE),
         _staged(host_quantize_staged.columns, True, "nearest", *DICE),
         *_OTHERWISE,
+        _tiles(layout.vector, False),
+        _tiles(host_quantize_staged.columns, True),
         Entry(
             name="quantize_tiles",
             dtypes=formats.DTYPES,
@@ -239,6 +255,23 @@ TABLES: dict[str, tuple[Entry, ...]] = {
             alignment=layout.VECTOR_BYTES,
             layout=layout.vector,
             prepare=host_quantize_staged.prepare,
+            reads={"vector": True},
+        ),
+        Entry(
+            name="quantize_tiles_staged",
+            dtypes=(torch.bfloat16,),
+            options={
+                "format": ("nvfp4",),
+                "scale_rule": ("mse", "static_6"),
+                "block": ("2d",),
+                "rounding_row": ("nearest",),
+                "rounding_col": ("nearest",),
+                "rht_row": (False,),
+                "rht_col": (False,),
+            },
+            alignment=layout.VECTOR_BYTES,
+            layout=layout.vector,
+            prepare=host_quantize_tiles_staged.prepare,
             reads={"vector": True},
         ),
     ),

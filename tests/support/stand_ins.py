@@ -171,6 +171,37 @@ class Kernels:
             for address, output in zip((values, scales), outputs, strict=True):
                 write(address, output, 8)
 
+    def _quantize_tiles_staged(
+        self,
+        key: KernelKey,
+        x: Tensor,
+        amax_row: int,
+        amax_col: int,
+        values_row: int,
+        scales_row: int,
+        values_col: int,
+        scales_col: int,
+        half_exponents: int,
+    ) -> None:
+        options: dict[str, Any] = dict(key.options)
+        assert x.dtype == torch.bfloat16 and x.dim() == 3 and x.numel()
+        assert not layout.vector(x) and x.data_ptr() % layout.VECTOR_BYTES == 0
+        assert half_exponents == host_quantize_filtered.HALF_EXPONENTS
+        row, col = (amax_row, values_row, scales_row), (amax_col, values_col, scales_col)
+        for transpose, (amax, *addresses) in enumerate((row, col)):
+            if options.get("by_column", transpose) != transpose:
+                assert addresses == [0, 0]
+                continue
+            outputs = QUANTIZE.reference(
+                x,
+                number(amax, torch.float32),
+                scale_rule=options["scale_rule"],
+                block="2d",
+                transpose=bool(transpose),
+            )
+            for address, output in zip(addresses, outputs, strict=True):
+                write(address, output, layout.VECTOR_BYTES)
+
     def _pair(
         self,
         key: KernelKey,

@@ -125,6 +125,7 @@ def test_every_key_compiles_one_kernel():
         "quantize_filtered": 2 * 2 * 3,
         "quantize_staged": 2 * 2 * (2 + 3) + 2 * 2 * 2 * 3 * 3,
         "quantize_tiles": 5 * 4 * 2 * 3,
+        "quantize_tiles_staged": 2 * 2 + 2,
         "quantize_blocks": (5 * 4 + 2 * 3) * 2 * 3 * 3,
         "amax_rotated": 3 * 3,
         "dequantize_blocks": 2 * 2 * 3,

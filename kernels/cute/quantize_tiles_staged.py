@@ -1,0 +1,500 @@
+"""A bf16 matrix to NVFP4 in 2D blocks, in one or both orientations from one read: nearest, no RHT.
+
+A warp takes 128 rows x 64 columns, 32 rows at a time: it copies them to shared memory, a lane has
+four rows of one of eight tiles (`filtered_tiles`), and 64 codes of each orientation come out of one
+rounding. It shares nothing with other warps, so it waits for none. Rows of values are stored as
+they are found, 32 bytes of each; columns are transposed in shared memory until 64 rows are there.
+
+Tiles that the filter cannot decide are remembered, a bit each, and go through `contract` when the
+128 rows are done: if both orientations are wanted, half a warp has the tile and the other half its
+transpose, since the order in which the contract adds up errors depends on it.
+
+The two orientations of a pair have an amax each. Those are normally the same number; where they
+are not, the warp does everything twice, once for each.
+"""
+
+from typing import Any, NamedTuple
+
+import cutlass
+from cutlass import Float32, Int32, Int64, Uint32, cute
+from cutlass.cute import arch
+
+from fos_compile.kernels.cute import contract, filtered_tiles, ptx, shared
+from fos_compile.kernels.cute.host_quantize_tiles_staged import CTAS_PER_SM, THREADS
+
+WARPS = THREADS // 32
+BAND, COLS = 128, 64
+"""Rows and columns of a warp."""
+ROWS = 32
+"""Of them at a time."""
+UNIT = 64
+"""Rows whose column codes fill a sector; a row of x.mT is padded to a multiple."""
+TILE_BYTES = ROWS * COLS * 2
+COLUMN_BYTES = COLS * UNIT // 2
+SCALE_BYTES = 64
+"""Those of a band in 8 words, those of the columns of a unit in 4, four constants."""
+BYTES = TILE_BYTES + COLUMN_BYTES + SCALE_BYTES
+
+
+class Memory(NamedTuple):
+    """Shared addresses of a warp."""
+
+    tile: Any
+    columns: Any
+    scales_row: Any
+    scales_col: Any
+    constants: Any
+
+
+class Place(NamedTuple):
+    """Where a warp works."""
+
+    batch: Any
+    top: Any
+    left: Any
+    rows: Any
+    """Of the matrix."""
+    cols: Any
+    chunks_row: Any
+    """Of 64 columns in a row of values."""
+    chunks_col: Any
+    """Of 64 rows in a row of the transpose."""
+
+
+class Buffers(NamedTuple):
+    """Addresses of the outputs."""
+
+    values_row: Any
+    scales_row: Any
+    values_col: Any
+    scales_col: Any
+
+
+class QuantizeTilesStaged:
+    """Kernel for one set of static options.
+
+    Attributes:
+        rules: mse or static_6, nearest, 2d.
+        row: whether x is quantized.
+        col: whether x.mT is.
+    """
+
+    def __init__(self, rules: contract.Rules, *, row: bool, col: bool) -> None:
+        self.rules = rules
+        self.row = row
+        self.col = col
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Tensor,  # [B, R, C] bfloat16, columns contiguous, all a multiple of 16 bytes
+        amax_row: Int64,  # address of float32 []; anything without that orientation, as below
+        amax_col: Int64,
+        values_row: Int64,  # address of uint8 [B, R, roundup(C, 64) / 2]
+        scales_row: Int64,  # address of uint8 [B, L]
+        values_col: Int64,  # address of uint8 [B, C, roundup(R, 64) / 2]
+        scales_col: Int64,
+        half_exponents: Uint32,  # of host_quantize_filtered
+        stream: Any,
+    ) -> None:
+        """Launch on `stream`."""
+        groups = self.groups(x)
+        self.kernel(
+            x, amax_row, amax_col, values_row, scales_row, values_col, scales_col, half_exponents
+        ).launch(
+            grid=(x.shape[0] * cute.ceil_div(x.shape[1], BAND) * groups, 1, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=CTAS_PER_SM,
+            preferred_smem_carveout=100,
+        )
+
+    def groups(self, x: cute.Tensor) -> Any:
+        """CTAs along a row; columns have scales up to a multiple of 128."""
+        chunks = cute.ceil_div(x.shape[2], COLS)
+        if self.col:
+            chunks = cute.ceil_div(x.shape[2], 2 * COLS) * 2
+        return cute.ceil_div(chunks, WARPS)
+
+    @cute.kernel
+    def kernel(
+        self,
+        x: cute.Tensor,
+        amax_row: Int64,
+        amax_col: Int64,
+        values_row: Int64,
+        scales_row: Int64,
+        values_col: Int64,
+        scales_col: Int64,
+        half_exponents: Uint32,
+    ) -> None:
+        """One CTA."""
+        tid, _, _ = arch.thread_idx()
+        bx, _, _ = arch.block_idx()
+        warp, lane = tid >> 5, tid & 31
+        here = self.place(x, bx, warp)
+        memory = self.memory(warp)
+        to = Buffers(values_row, scales_row, values_col, scales_col)
+        if cutlass.const_expr(self.row and self.col):
+            sides = Int32(1)
+            if ptx.load_b32(amax_row, 1) != ptx.load_b32(amax_col, 1):
+                sides = Int32(2)
+            for side in cutlass.range(sides, unroll=1):
+                amax = amax_row if side == 0 else amax_col
+                row = Uint32(1) if side == 0 else Uint32(0)
+                col = Uint32(1) if side + 1 == sides else Uint32(0)
+                self.quantize(x, here, memory, to, amax, (row, col), lane, half_exponents)
+                arch.sync_warp()
+        else:
+            amax = amax_row if cutlass.const_expr(self.row) else amax_col
+            wanted = Uint32(int(self.row)), Uint32(int(self.col))
+            self.quantize(x, here, memory, to, amax, wanted, lane, half_exponents)
+
+    @cute.jit
+    def place(self, x: cute.Tensor, number: Int32, warp: Int32) -> Any:
+        """Where a warp of the CTA of this number works: CTAs walk along rows, then down."""
+        groups = self.groups(x)
+        down = cute.ceil_div(x.shape[1], BAND)
+        line = number // groups
+        return Place(
+            batch=line // down,
+            top=(line % down) * BAND,
+            left=((number % groups) * WARPS + warp) * COLS,
+            rows=x.shape[1],
+            cols=x.shape[2],
+            chunks_row=cute.ceil_div(x.shape[2], COLS),
+            chunks_col=cute.ceil_div(x.shape[1], UNIT),
+        )
+
+    @cute.jit
+    def memory(self, warp: Int32) -> Any:
+        """Shared memory of this warp."""
+        whole = arch.alloc_smem(cutlass.Uint8, WARPS * BYTES, alignment=128)
+        tile = shared.address_of(whole) + Uint32(warp * (TILE_BYTES + COLUMN_BYTES))
+        scales = shared.address_of(whole) + Uint32(
+            WARPS * (TILE_BYTES + COLUMN_BYTES) + warp * SCALE_BYTES
+        )
+        return Memory(tile, tile + TILE_BYTES, scales, scales + 32, scales + 48)
+
+    @cute.jit
+    def quantize(
+        self,
+        x: cute.Tensor,
+        here: Any,
+        memory: Any,
+        to: Any,
+        amax: Int64,
+        wanted: Any,
+        lane: Int32,
+        half_exponents: Uint32,
+    ) -> None:
+        """All that this warp has, in the orientations that are `wanted` with this amax."""
+        row_wanted, col_wanted = wanted
+        exists = here.left < here.cols
+        units = cutlass.min((here.rows - here.top + UNIT - 1) // UNIT, BAND // UNIT)
+        rounds = units * (UNIT // ROWS) if exists else Int32(0)
+        source = address_in(x, here.batch, here.top + (lane >> 3), here.left + (lane & 7) * 8)
+        if exists:
+            copy(memory.tile, x, here, source, here.top, lane)
+        if lane == 0:
+            store_constants(memory.constants, amax, self.rules.qs)
+        # A lane has rows 4 u, ... of the tile in column c, and writes 8 bytes of each.
+        u, c = lane >> 2, lane & 3
+        mine = memory.tile + Uint32(u * 512 + ((c * 2) ^ (u & 1)) * 16)
+        pitch = here.chunks_row * (COLS // 2)
+        line = Int64(here.batch) * here.rows + here.top + u * 4
+        values = to.values_row + line * pitch + (here.left >> 1) + c * 8
+        head = Uint32(1) if (u & 3) == 0 else Uint32(0)  # writes the scale of the tile
+        near = Uint32(0)
+        for j in cutlass.range(rounds, unroll=1):
+            wait()
+            tensor, outside = load_constants(memory.constants)
+            choice = self.choose(mine, tensor, half_exponents)
+            found = ballot(choice.near | outside)
+            # Bit 0 to 3 for the four upper tiles, 16 to 19 for the lower ones.
+            near = near | ((found & 0x000F000F) << Uint32(j * 4))
+            existing = here.rows - (here.top + j * ROWS + u * 4)  # of this lane's rows, or more
+            words = self.encode(
+                mine, choice, values, pitch, existing if row_wanted != 0 else Int32(0)
+            )
+            values += ROWS * Int64(pitch)
+            if cutlass.const_expr(self.col):
+                store_columns(memory.columns, words, j & 1, lane)
+                if head != 0:
+                    at = c * 4 + (j & 1) * 2 + (u >> 2)
+                    shared.store_u8(memory.scales_col + Uint32(at), choice.scale)
+            if cutlass.const_expr(self.row):
+                if head != 0:
+                    at = (u >> 2) * 16 + j * 4 + c
+                    shared.store_u8(memory.scales_row + Uint32(at), choice.scale)
+            arch.sync_warp()
+            if j + 1 < rounds:
+                source += ROWS * x.stride[1] * 2
+                copy(memory.tile, x, here, source, here.top + (j + 1) * ROWS, lane)
+            if cutlass.const_expr(self.col):
+                if (j & 1) == 1 and col_wanted != 0:
+                    there, at = again(here), again(lane)
+                    unit = (there.top + j * ROWS) // UNIT
+                    flush_columns(memory.columns, there, to.values_col, unit, at)
+                    flush_scales_col(memory.scales_col, there, to.scales_col, unit, at)
+        arch.sync_warp()
+        if cutlass.const_expr(self.row):
+            if exists and row_wanted != 0:
+                flush_scales_row(memory.scales_row, here, to.scales_row, lane)
+        if cutlass.const_expr(self.col):
+            if not exists and col_wanted != 0:
+                # Zeros for columns that do not exist, beside those that do.
+                if here.left < cute.ceil_div(here.cols, 128) * 128:
+                    for unit in cutlass.range(units):
+                        at = here.top // UNIT + unit
+                        flush_scales_col(memory.scales_col, here, to.scales_col, at, lane)
+        if near != 0:
+            arch.sync_warp()
+            self.finish(x, here, memory, to, near, wanted, lane)
+
+    @cute.jit
+    def choose(self, mine: Uint32, tensor: Any, half_exponents: Uint32) -> Any:
+        """Scale of this lane's tile, and whether that is certain."""
+        rows = [load_row(mine, i) for i in range(filtered_tiles.ROWS)]
+        peak = filtered_tiles.top(rows)
+        if cutlass.const_expr(not self.rules.adaptive):
+            choice = filtered_tiles.single(peak, tensor)
+        else:
+            tile = filtered_tiles.tile_of(peak, tensor)
+            error6, error4, norm = Float32(0), Float32(0), Float32(0)
+            for i in cutlass.range(filtered_tiles.ROWS, unroll=1):
+                six, four, squares = filtered_tiles.errors(load_row(mine, i), tile, half_exponents)
+                error6, error4 = ptx.add(error6, six), ptx.add(error4, four)
+                norm = ptx.add(norm, squares)
+            choice = filtered_tiles.decide(tile, error6, error4, norm)
+        return choice
+
+    @cute.jit
+    def encode(self, mine: Uint32, choice: Any, values: Int64, pitch: Int32, rows: Int32) -> Any:
+        """Codes of this lane's rows: stores `rows` of them and returns the words of the columns."""
+        signs = filtered_tiles.signs_of(choice)
+        upper, lower = cute.make_rmem_tensor(4, Uint32), cute.make_rmem_tensor(4, Uint32)
+        for k in cutlass.range_constexpr(4):
+            lower[k] = Uint32(0)
+        for pair in cutlass.range(filtered_tiles.ROWS // 2, unroll=1):
+            a = [ptx.clear_negative_zeros_bf16x2(word) for word in load_row(mine, pair * 2)]
+            b = [ptx.clear_negative_zeros_bf16x2(word) for word in load_row(mine, pair * 2 + 1)]
+            codes = filtered_tiles.codes(a, b, choice.inverse, signs)
+            for k in cutlass.range_constexpr(4):
+                upper[k] = lower[k]
+                lower[k] = codes[k]
+            if cutlass.const_expr(self.row):
+                above, below = filtered_tiles.row_words(codes)
+                at = values + Int64(pair * 2) * pitch
+                one = Uint32(1) if pair * 2 < rows else Uint32(0)
+                two = Uint32(1) if pair * 2 + 1 < rows else Uint32(0)
+                ptx.store_v2(at, above[0], above[1], one)
+                ptx.store_v2(at + pitch, below[0], below[1], two)
+        words = []
+        if cutlass.const_expr(self.col):
+            words = filtered_tiles.column_words(
+                [upper[k] for k in range(4)], [lower[k] for k in range(4)]
+            )
+        return words
+
+    @cute.jit
+    def finish(
+        self,
+        x: cute.Tensor,
+        here: Any,
+        memory: Any,
+        to: Any,
+        near: Uint32,
+        wanted: Any,
+        lane: Int32,
+    ) -> None:
+        """Tiles by the contract, one or two at a time, straight to global memory."""
+        half = lane >> 4
+        while near != 0:
+            # The lower half of the warp has a tile; the other one its transpose, or the next tile.
+            which, other = ptx.find_low(near), Uint32(0)
+            near = near & (near - 1)
+            is_col, chosen = Uint32(int(self.col)), wanted[1] if self.col else wanted[0]
+            if cutlass.const_expr(self.row and self.col):
+                is_col = Uint32(half)
+                chosen = wanted[0] if half == 0 else wanted[1]
+            else:
+                if half != 0:
+                    which = ptx.find_low(near)
+                    chosen = Uint32(1) if near != 0 else Uint32(0)
+                near = near & ptx.where_nonzero(near, near - 1, 0)
+            # Bits as `quantize` puts them: half of 32 rows, which 32 rows, column.
+            top = here.top + Int32(((which >> 2) & 3) * ROWS + ((which >> 4) & 1) * 16)
+            left = here.left + Int32((which & 3) * 16)
+            self.finish_tile(x, here, memory, to, (top, left), is_col, chosen, lane)
+
+    @cute.jit
+    def finish_tile(
+        self,
+        x: cute.Tensor,
+        here: Any,
+        memory: Any,
+        to: Any,
+        corner: Any,
+        is_col: Uint32,
+        chosen: Uint32,
+        lane: Int32,
+    ) -> None:
+        """The tile at this corner by half a warp, or its transpose; stored if `chosen`.
+
+        A thread has column i of what is quantized, and writes row i.
+        """
+        i = lane & 15
+        row, col, rows, cols = corner[0], corner[1], here.rows, here.cols
+        chunks, values, scales = here.chunks_row, to.values_row, to.scales_row
+        along, down = Int64(2), x.stride[1] * 2  # bytes
+        at = address_in(x, here.batch, row, col)
+        if is_col != 0:
+            row, col, rows, cols = col, row, cols, rows
+            chunks, values, scales = here.chunks_col, to.values_col, to.scales_col
+            along, down = down, along
+        at += i * along
+        count = rows - row if col + i < cols else Int32(0)
+        given = []
+        for k in cutlass.range_constexpr(16):
+            exists = Uint32(1) if k < count else Uint32(0)
+            given.append(ptx.real(ptx.load_b16(at + k * down, exists) << 16))
+        tensor, outside = load_constants(memory.constants)
+        words, scale = contract.quantize_either(given, tensor, self.rules, None, outside)
+        low, high = contract.transpose_bits(words, 4)
+        row += i
+        inside = chosen if row < rows else Uint32(0)
+        line = Int64(here.batch) * rows + row
+        ptx.store_v2(values + line * (chunks * 32) + (col >> 1), low, high, inside)
+        tile = (Int64(here.batch) * cute.ceil_div(rows, 128) + (row >> 7)) * chunks + (col >> 6)
+        place = (row & 31) * 16 + ((row >> 5) & 3) * 4 + ((col >> 4) & 3)
+        ptx.store_u8(scales + tile * 512 + place, scale, inside)
+
+
+@cute.jit
+def address_in(x: cute.Tensor, batch: Int32, row: Int32, col: Int32) -> Int64:
+    """Of an element, columns contiguous."""
+    offset = Int64(batch) * x.stride[0] + Int64(row) * x.stride[1] + Int64(col)
+    return x.iterator.toint() + offset * 2
+
+
+@cute.jit
+def copy(tile: Uint32, x: cute.Tensor, here: Any, source: Int64, row: Int32, lane: Int32) -> None:
+    """Begin to copy 32 rows from `row` on, zeros outside the matrix; `wait` ends it.
+
+    Chunk k of 16 bytes of row r lies at 128 r + 16 (k ^ (r / 4 % 2)): eight lanes that read the
+    same half of the blocks of rows r and r + 4 meet no bank twice.
+
+    Args:
+        source: address of this lane's chunk of the first of these rows: lane / 8 further down.
+    """
+    chunk = lane & 7
+    to = tile + Uint32((lane >> 3) * 128 + chunk * 16)
+    step = x.stride[1] * 8
+    if row + ROWS <= here.rows and here.left + COLS <= here.cols:
+        for j in cutlass.range_constexpr(ROWS // 4):
+            shared.copy_async_16((to ^ ((j & 1) << 4)) + j * 512, source + j * step)
+    else:
+        rows = here.rows if here.left + chunk * 8 < here.cols else Int32(0)
+        for j in cutlass.range_constexpr(ROWS // 4):
+            wanted = Uint32(1) if row + (lane >> 3) + j * 4 < rows else Uint32(0)
+            at = (to ^ ((j & 1) << 4)) + j * 512
+            shared.copy_async_16_or_zero(at, source + j * step, wanted)
+
+
+@cute.jit
+def wait() -> None:
+    """Wait for the copies of all lanes."""
+    shared.wait_copies()
+    arch.sync_warp()
+
+
+def store_constants(to: Any, amax: Any, qs: float) -> None:
+    """What is common to all tiles: two divisions."""
+    tensor = contract.tensor_of(ptx.load_f32(amax), qs)
+    numbers = [ptx.bits(number) for number in tensor]
+    shared.store_v4(to, [*numbers, contract.outside_midrange(tensor)])
+
+
+def load_constants(at: Any) -> tuple[contract.Tensor, Any]:
+    """The tensor's constants, and whether its amax is outside of `contract.MIDRANGE_AMAX`."""
+    amax, encode, decode, outside = shared.load_v4(at)
+    return contract.Tensor(ptx.real(amax), ptx.real(encode), ptx.real(decode)), outside
+
+
+def load_row(mine: Any, i: Any) -> list[Any]:
+    """A block of 16 of row i of a lane, eight words; `mine` is where its first row begins."""
+    at = mine + Uint32(i * 128)
+    return [*shared.load_v4(at), *shared.load_v4(at ^ 16)]
+
+
+def store_columns(columns: Any, words: list[Any], part: Any, lane: Any) -> None:
+    """Put `filtered_tiles.column_words` of a warp where `flush_columns` finds them.
+
+    16 bytes hold 32 rows of a column. A matrix of `stmatrix` is a word of every lane: eight such
+    rows, two of each of four tiles. Those of column n and this part of its 64 rows lie at
+    32 (n ^ (n / 32 % 2)) + 16 (part ^ (n / 16 % 2)), so that no bank is met twice.
+    """
+    matrix, row = lane >> 3, lane & 7
+    tile, later = row >> 1, row & 1
+    column = tile * 16 + (matrix & 1) * 4 + (matrix >> 1) + later * 2
+    at = columns + Uint32((column ^ (tile >> 1)) * 32 + (part ^ (tile & 1)) * 16)
+    store_transposed(at, words[:4])
+    store_transposed(at + 256, words[4:])
+
+
+@cute.jit
+def flush_columns(columns: Uint32, here: Any, values: Int64, unit: Int32, lane: Int32) -> None:
+    """Write 64 codes, 32 bytes, of each of this warp's columns."""
+    part = lane & 1
+    pitch = here.chunks_col * 32
+    first = here.left + (lane >> 1)
+    to = values + (Int64(here.batch) * here.cols + first) * pitch + unit * 32 + part * 16
+    for k in cutlass.range_constexpr(COLS // 16):
+        column = k * 16 + (lane >> 1)
+        words = shared.load_v4(columns + Uint32((column ^ (k >> 1)) * 32 + (part ^ (k & 1)) * 16))
+        exists = Uint32(1) if first + k * 16 < here.cols else Uint32(0)
+        ptx.store_v4(to, list(words), exists)
+        to += 16 * Int64(pitch)
+
+
+@cute.jit
+def flush_scales_row(staged: Uint32, here: Any, scales: Int64, lane: Int32) -> None:
+    """Write the scales of a band: 512 bytes, four rows a lane, zeros from the last row on."""
+    words = list(shared.load_v4(staged + Uint32((lane >> 4) * 16)))
+    for j in cutlass.range_constexpr(BAND // 32):
+        words[j] = words[j] if here.top + lane + j * 32 < here.rows else Uint32(0)
+    band = Int64(here.batch) * cute.ceil_div(here.rows, 128) + (here.top >> 7)
+    ptx.store_v4(scales + (band * here.chunks_row + (here.left >> 6)) * 512 + lane * 16, words, 1)
+
+
+@cute.jit
+def flush_scales_col(staged: Uint32, here: Any, scales: Int64, unit: Int32, lane: Int32) -> None:
+    """Write the scales of 64 columns and 64 rows, two columns a lane; zeros as above."""
+    words = []
+    for j in cutlass.range_constexpr(COLS // 32):
+        word = shared.load_b32(staged + Uint32(j * 8 + (lane >> 4) * 4))
+        words.append(word if here.left + lane + j * 32 < here.cols else Uint32(0))
+    band = Int64(here.batch) * cute.ceil_div(here.cols, 128) + (here.left >> 7)
+    to = scales + (band * here.chunks_col + unit) * 512 + lane * 16 + ((here.left >> 6) & 1) * 8
+    ptx.store_v2(to, words[0], words[1], 1)
+
+
+def store_transposed(address: Any, words: list[Any]) -> None:
+    """Four 8x8 matrices of 16 bits, transposed: lane 8 k + r has the address of row r of k."""
+    code = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
+    arch.inline_ptx(code, read_only_args=[address, *words])
+
+
+def again(a: Any) -> Any:
+    """The same, but nothing computed from it is kept in registers for the next turn of a loop."""
+    if isinstance(a, tuple):
+        return type(a)(*map(again, a))
+    code = "mov.b32 {$w0}, {$r0};"
+    return arch.inline_ptx(code, write_only_types=[type(a)], read_only_args=[a])
+
+
+def ballot(a: Any) -> Any:
+    """Which lanes of the warp have something else than 0."""
+    code = "{ .reg .pred p; setp.ne.u32 p, {$r0}, 0; vote.sync.ballot.b32 {$w0}, p, 0xffffffff; }"
+    return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a])
