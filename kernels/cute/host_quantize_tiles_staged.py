@@ -9,7 +9,7 @@ from fos_compile.kernels.cute.cache import Kernel, KernelKey
 from fos_compile.kernels.cute.host_quantize_filtered import HALF_EXPONENTS
 
 THREADS = 128
-CTAS_PER_SM = 5
+CTAS_PER_SM = 7
 """What registers are limited for."""
 
 

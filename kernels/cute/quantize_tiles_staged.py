@@ -31,8 +31,8 @@ UNIT = 64
 """Rows whose column codes fill a sector; a row of x.mT is padded to a multiple."""
 TILE_BYTES = ROWS * COLS * 2
 COLUMN_BYTES = COLS * UNIT // 2
-SCALE_BYTES = 64
-"""Those of a band in 8 words, those of the columns of a unit in 4, four constants."""
+SCALE_BYTES = 80
+"""Those of a band in 8 words, those of the columns of a unit in 4; constants; undecided tiles."""
 BYTES = TILE_BYTES + COLUMN_BYTES + SCALE_BYTES
 
 
@@ -44,6 +44,7 @@ class Memory(NamedTuple):
     scales_row: Any
     scales_col: Any
     constants: Any
+    near: Any
 
 
 class Place(NamedTuple):
@@ -52,13 +53,6 @@ class Place(NamedTuple):
     batch: Any
     top: Any
     left: Any
-    rows: Any
-    """Of the matrix."""
-    cols: Any
-    chunks_row: Any
-    """Of 64 columns in a row of values."""
-    chunks_col: Any
-    """Of 64 rows in a row of the transpose."""
 
 
 class Buffers(NamedTuple):
@@ -143,7 +137,8 @@ class QuantizeTilesStaged:
                 amax = amax_row if side == 0 else amax_col
                 row = Uint32(1) if side == 0 else Uint32(0)
                 col = Uint32(1) if side + 1 == sides else Uint32(0)
-                self.quantize(x, here, memory, to, amax, (row, col), lane, half_exponents)
+                there, at = again(here), again(lane)
+                self.quantize(x, there, memory, to, amax, (row, col), at, half_exponents)
                 arch.sync_warp()
         else:
             amax = amax_row if cutlass.const_expr(self.row) else amax_col
@@ -160,10 +155,6 @@ class QuantizeTilesStaged:
             batch=line // down,
             top=(line % down) * BAND,
             left=((number % groups) * WARPS + warp) * COLS,
-            rows=x.shape[1],
-            cols=x.shape[2],
-            chunks_row=cute.ceil_div(x.shape[2], COLS),
-            chunks_col=cute.ceil_div(x.shape[1], UNIT),
         )
 
     @cute.jit
@@ -174,7 +165,7 @@ class QuantizeTilesStaged:
         scales = shared.address_of(whole) + Uint32(
             WARPS * (TILE_BYTES + COLUMN_BYTES) + warp * SCALE_BYTES
         )
-        return Memory(tile, tile + TILE_BYTES, scales, scales + 32, scales + 48)
+        return Memory(tile, tile + TILE_BYTES, scales, scales + 32, scales + 48, scales + 64)
 
     @cute.jit
     def quantize(
@@ -190,8 +181,8 @@ class QuantizeTilesStaged:
     ) -> None:
         """All that this warp has, in the orientations that are `wanted` with this amax."""
         row_wanted, col_wanted = wanted
-        exists = here.left < here.cols
-        units = cutlass.min((here.rows - here.top + UNIT - 1) // UNIT, BAND // UNIT)
+        exists = here.left < x.shape[2]
+        units = cutlass.min((x.shape[1] - here.top + UNIT - 1) // UNIT, BAND // UNIT)
         rounds = units * (UNIT // ROWS) if exists else Int32(0)
         source = address_in(x, here.batch, here.top + (lane >> 3), here.left + (lane & 7) * 8)
         if exists:
@@ -201,19 +192,18 @@ class QuantizeTilesStaged:
         # A lane has rows 4 u, ... of the tile in column c, and writes 8 bytes of each.
         u, c = lane >> 2, lane & 3
         mine = memory.tile + Uint32(u * 512 + ((c * 2) ^ (u & 1)) * 16)
-        pitch = here.chunks_row * (COLS // 2)
-        line = Int64(here.batch) * here.rows + here.top + u * 4
+        pitch = cute.ceil_div(x.shape[2], COLS) * (COLS // 2)
+        line = Int64(here.batch) * x.shape[1] + here.top + u * 4
         values = to.values_row + line * pitch + (here.left >> 1) + c * 8
         head = Uint32(1) if (u & 3) == 0 else Uint32(0)  # writes the scale of the tile
-        near = Uint32(0)
         for j in cutlass.range(rounds, unroll=1):
             wait()
             tensor, outside = load_constants(memory.constants)
             choice = self.choose(mine, tensor, half_exponents)
             found = ballot(choice.near | outside)
-            # Bit 0 to 3 for the four upper tiles, 16 to 19 for the lower ones.
-            near = near | ((found & 0x000F000F) << Uint32(j * 4))
-            existing = here.rows - (here.top + j * ROWS + u * 4)  # of this lane's rows, or more
+            if lane == 0:
+                shared.store_b32(memory.near + Uint32(j * 4), found)
+            existing = x.shape[1] - (here.top + j * ROWS + u * 4)  # of this lane's rows, or more
             words = self.encode(
                 mine, choice, values, pitch, existing if row_wanted != 0 else Int32(0)
             )
@@ -235,19 +225,26 @@ class QuantizeTilesStaged:
                 if (j & 1) == 1 and col_wanted != 0:
                     there, at = again(here), again(lane)
                     unit = (there.top + j * ROWS) // UNIT
-                    flush_columns(memory.columns, there, to.values_col, unit, at)
-                    flush_scales_col(memory.scales_col, there, to.scales_col, unit, at)
+                    flush_columns(memory.columns, x, there, to.values_col, unit, at)
+                    flush_scales_col(memory.scales_col, x, there, to.scales_col, unit, at)
         arch.sync_warp()
+        here, lane = again(here), again(lane)
         if cutlass.const_expr(self.row):
             if exists and row_wanted != 0:
-                flush_scales_row(memory.scales_row, here, to.scales_row, lane)
+                flush_scales_row(memory.scales_row, x, here, to.scales_row, lane)
         if cutlass.const_expr(self.col):
             if not exists and col_wanted != 0:
                 # Zeros for columns that do not exist, beside those that do.
-                if here.left < cute.ceil_div(here.cols, 128) * 128:
+                if here.left < cute.ceil_div(x.shape[2], 128) * 128:
                     for unit in cutlass.range(units):
                         at = here.top // UNIT + unit
-                        flush_scales_col(memory.scales_col, here, to.scales_col, at, lane)
+                        flush_scales_col(memory.scales_col, x, here, to.scales_col, at, lane)
+        # Of the lanes of a tile one counts: bits 0 to 3 for the four upper tiles, 16 to 19 for the
+        # lower ones.
+        near = Uint32(0)
+        for j in cutlass.range(rounds):
+            found = shared.load_b32(memory.near + Uint32(j * 4))
+            near = near | ((found & 0x000F000F) << Uint32(j * 4))
         if near != 0:
             arch.sync_warp()
             self.finish(x, here, memory, to, near, wanted, lane)
@@ -345,13 +342,13 @@ class QuantizeTilesStaged:
         A thread has column i of what is quantized, and writes row i.
         """
         i = lane & 15
-        row, col, rows, cols = corner[0], corner[1], here.rows, here.cols
-        chunks, values, scales = here.chunks_row, to.values_row, to.scales_row
+        row, col, rows, cols = corner[0], corner[1], x.shape[1], x.shape[2]
+        chunks, values, scales = cute.ceil_div(x.shape[2], COLS), to.values_row, to.scales_row
         along, down = Int64(2), x.stride[1] * 2  # bytes
         at = address_in(x, here.batch, row, col)
         if is_col != 0:
             row, col, rows, cols = col, row, cols, rows
-            chunks, values, scales = here.chunks_col, to.values_col, to.scales_col
+            chunks, values, scales = cute.ceil_div(x.shape[1], UNIT), to.values_col, to.scales_col
             along, down = down, along
         at += i * along
         count = rows - row if col + i < cols else Int32(0)
@@ -391,11 +388,11 @@ def copy(tile: Uint32, x: cute.Tensor, here: Any, source: Int64, row: Int32, lan
     chunk = lane & 7
     to = tile + Uint32((lane >> 3) * 128 + chunk * 16)
     step = x.stride[1] * 8
-    if row + ROWS <= here.rows and here.left + COLS <= here.cols:
+    if row + ROWS <= x.shape[1] and here.left + COLS <= x.shape[2]:
         for j in cutlass.range_constexpr(ROWS // 4):
             shared.copy_async_16((to ^ ((j & 1) << 4)) + j * 512, source + j * step)
     else:
-        rows = here.rows if here.left + chunk * 8 < here.cols else Int32(0)
+        rows = x.shape[1] if here.left + chunk * 8 < x.shape[2] else Int32(0)
         for j in cutlass.range_constexpr(ROWS // 4):
             wanted = Uint32(1) if row + (lane >> 3) + j * 4 < rows else Uint32(0)
             at = (to ^ ((j & 1) << 4)) + j * 512
@@ -444,39 +441,52 @@ def store_columns(columns: Any, words: list[Any], part: Any, lane: Any) -> None:
 
 
 @cute.jit
-def flush_columns(columns: Uint32, here: Any, values: Int64, unit: Int32, lane: Int32) -> None:
+def flush_columns(
+    columns: Uint32, x: cute.Tensor, here: Any, values: Int64, unit: Int32, lane: Int32
+) -> None:
     """Write 64 codes, 32 bytes, of each of this warp's columns."""
     part = lane & 1
-    pitch = here.chunks_col * 32
+    pitch = cute.ceil_div(x.shape[1], UNIT) * 32
     first = here.left + (lane >> 1)
-    to = values + (Int64(here.batch) * here.cols + first) * pitch + unit * 32 + part * 16
+    to = values + (Int64(here.batch) * x.shape[2] + first) * pitch + unit * 32 + part * 16
     for k in cutlass.range_constexpr(COLS // 16):
         column = k * 16 + (lane >> 1)
         words = shared.load_v4(columns + Uint32((column ^ (k >> 1)) * 32 + (part ^ (k & 1)) * 16))
-        exists = Uint32(1) if first + k * 16 < here.cols else Uint32(0)
+        exists = Uint32(1) if first + k * 16 < x.shape[2] else Uint32(0)
         ptx.store_v4(to, list(words), exists)
         to += 16 * Int64(pitch)
 
 
 @cute.jit
-def flush_scales_row(staged: Uint32, here: Any, scales: Int64, lane: Int32) -> None:
+def flush_scales_row(staged: Uint32, x: cute.Tensor, here: Any, scales: Int64, lane: Int32) -> None:
     """Write the scales of a band: 512 bytes, four rows a lane, zeros from the last row on."""
     words = list(shared.load_v4(staged + Uint32((lane >> 4) * 16)))
     for j in cutlass.range_constexpr(BAND // 32):
-        words[j] = words[j] if here.top + lane + j * 32 < here.rows else Uint32(0)
-    band = Int64(here.batch) * cute.ceil_div(here.rows, 128) + (here.top >> 7)
-    ptx.store_v4(scales + (band * here.chunks_row + (here.left >> 6)) * 512 + lane * 16, words, 1)
+        words[j] = words[j] if here.top + lane + j * 32 < x.shape[1] else Uint32(0)
+    band = Int64(here.batch) * cute.ceil_div(x.shape[1], 128) + (here.top >> 7)
+    ptx.store_v4(
+        scales + (band * cute.ceil_div(x.shape[2], COLS) + (here.left >> 6)) * 512 + lane * 16,
+        words,
+        1,
+    )
 
 
 @cute.jit
-def flush_scales_col(staged: Uint32, here: Any, scales: Int64, unit: Int32, lane: Int32) -> None:
+def flush_scales_col(
+    staged: Uint32, x: cute.Tensor, here: Any, scales: Int64, unit: Int32, lane: Int32
+) -> None:
     """Write the scales of 64 columns and 64 rows, two columns a lane; zeros as above."""
     words = []
     for j in cutlass.range_constexpr(COLS // 32):
         word = shared.load_b32(staged + Uint32(j * 8 + (lane >> 4) * 4))
-        words.append(word if here.left + lane + j * 32 < here.cols else Uint32(0))
-    band = Int64(here.batch) * cute.ceil_div(here.cols, 128) + (here.left >> 7)
-    to = scales + (band * here.chunks_col + unit) * 512 + lane * 16 + ((here.left >> 6) & 1) * 8
+        words.append(word if here.left + lane + j * 32 < x.shape[2] else Uint32(0))
+    band = Int64(here.batch) * cute.ceil_div(x.shape[2], 128) + (here.left >> 7)
+    to = (
+        scales
+        + (band * cute.ceil_div(x.shape[1], UNIT) + unit) * 512
+        + lane * 16
+        + ((here.left >> 6) & 1) * 8
+    )
     ptx.store_v2(to, words[0], words[1], 1)
 
 
