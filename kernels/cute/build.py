@@ -13,6 +13,7 @@ from typing import Any
 from cutlass import cute
 from cutlass.cute.runtime import load_module
 
+from fos_compile.kernels.cute import conversions
 from fos_compile.kernels.cute.cache import Kernel, KernelKey
 
 
@@ -24,14 +25,16 @@ def compiled(key: KernelKey, arch: str, extra: str = "") -> Any:
     """What the DSL makes of a kernel; `extra` are options of its compiler."""
     kernel, arguments = _host(key).signature(key)
     options = f"--enable-tvm-ffi --gpu-arch {arch} {extra}"
-    return cute.compile(kernel, *arguments, options=options)
+    with conversions.target(arch):
+        return cute.compile(kernel, *arguments, options=options)
 
 
 def counting(key: KernelKey, arch: str, counter: int) -> Kernel:
     """`quantize_filtered` as it adds undecided blocks to the int32 at address `counter`."""
     kernel, arguments = _host(key).signature(key)
     kernel.count = True
-    run = cute.compile(kernel, *arguments, options=f"--enable-tvm-ffi --gpu-arch {arch}")
+    with conversions.target(arch):
+        run = cute.compile(kernel, *arguments, options=f"--enable-tvm-ffi --gpu-arch {arch}")
 
     def counted(x: Any, amax: int, values: int, scales: int, _: int, *rest: int) -> None:
         run(x, amax, values, scales, counter, *rest)

@@ -11,7 +11,7 @@ import cutlass
 from cutlass import Uint32, cute
 
 from fos_compile.kernels import formats
-from fos_compile.kernels.cute import ptx
+from fos_compile.kernels.cute import conversions, ptx
 
 EXPONENT = 0x7F800000
 FLOAT32_MAX = 3.4028234663852886e38
@@ -127,11 +127,11 @@ def quantize(
         for distance in (8, 4, 2, 1):
             peak = ptx.max_nan(peak, ptx.shuffle_xor(peak, distance))
     if rules.format == "mxfp4":
-        scale, magnitudes = _mxfp4(mags, peak, rules, dice)
+        scale, inverse = _mxfp4(peak, rules)
         live, nan_scale, worst = scale, 0xFF, ptx.bits(peak)
         shown = 1
     else:
-        scale, magnitudes = _nvfp4(mags, peak, tensor, rules, dice, by)
+        scale, inverse = _nvfp4(mags, peak, tensor, rules, dice, by)
         # Amax may be static, so the block itself decides too.
         nan_scale = 0x7F
         worst = ptx.max_u32(ptx.bits(peak), ptx.bits(tensor.amax) & 0x7FFFFFFF)
@@ -139,25 +139,34 @@ def quantize(
         shown = live
     finite = ptx.where_below(worst, EXPONENT, 1, 0)
     shown = ptx.where_nonzero(finite, shown, 0)
+    words = [ptx.where_nonzero(shown, word, 0) for word in _codes(values, inverse, dice)]
+    return words, ptx.where_nonzero(finite, live, nan_scale)
+
+
+def _codes(values: list[Any], inverse: Any, dice: list[Any] | None) -> list[Any]:
+    """Eight nibbles a word."""
     words = []
+    if dice is None and conversions.has_e2m1():
+        # Adding 0 makes -0 positive, and nothing else.
+        scaled = [ptx.fma(value, inverse, 0.0) for value in values]
+        return [ptx.e2m1x8(*scaled[start : start + 8]) for start in range(0, len(values), 8)]
+    magnitudes = _round([ptx.mul(ptx.absolute(value), inverse) for value in values], dice)
     for start in range(0, len(values), 8):
         word = ptx.u32(0)
         for i in range(8):
             code = _encode(magnitudes[start + i])
             sign = ptx.where_less(values[start + i], 0.0, 8, 0)
             word = word | ((code | sign) << (4 * i))
-        words.append(ptx.where_nonzero(shown, word, 0))
-    return words, ptx.where_nonzero(finite, live, nan_scale)
+        words.append(word)
+    return words
 
 
-def _mxfp4(
-    mags: list[Any], peak: Any, rules: Rules, dice: list[Any] | None
-) -> tuple[Any, list[Any]]:
+def _mxfp4(peak: Any, rules: Rules) -> tuple[Any, Any]:
+    """Scale byte and what to multiply by."""
     share = ptx.bits(ptx.div(peak, rules.value_max))
     byte = (share >> 23) + ptx.where_nonzero(share & 0x7FFFFF, 1, 0)
     byte = ptx.where_below(ptx.bits(peak), EXPONENT, byte, 0)
-    inverse = ptx.real((ptx.u32(254) - byte) << 23)
-    return byte, _round([ptx.mul(mag, inverse) for mag in mags], dice)
+    return byte, ptx.real((ptx.u32(254) - byte) << 23)
 
 
 def _nvfp4(
@@ -167,20 +176,21 @@ def _nvfp4(
     rules: Rules,
     dice: list[Any] | None,
     by: Division,
-) -> tuple[Any, list[Any]]:
+) -> tuple[Any, Any]:
+    """Scale byte and what to multiply by."""
     s = ptx.mul(by.quotient(peak, rules.value_max), tensor.encode)
     bytes_ = ptx.e4m3x2(s, ptx.mul(s, 1.5))
     scale6, scale4 = ptx.widen(ptx.from_e4m3x2(bytes_))
     inverse6 = _inverse(scale6, tensor, by)
     if not rules.adaptive:
-        return bytes_ & 0xFF, _round([ptx.mul(mag, inverse6) for mag in mags], dice)
+        return bytes_ & 0xFF, inverse6
     inverse4 = _inverse(scale4, tensor, by)
     error6 = _error(mags, scale6, inverse6, tensor, rules, dice, by)
     error4 = _error(mags, scale4, inverse4, tensor, rules, dice, by)
     inverse = ptx.real(ptx.where_less(error4, error6, ptx.bits(inverse4), ptx.bits(inverse6)))
     byte = ptx.where_less(error4, error6, bytes_ >> 8, bytes_ & 0xFF)
     # Rounding again costs less than keeping both candidates in registers.
-    return byte, _round([ptx.mul(mag, inverse) for mag in mags], dice)
+    return byte, inverse
 
 
 def _inverse(scale: Any, tensor: Tensor, by: Division) -> Any:
@@ -338,10 +348,27 @@ def rotate(values: list[Any], to_dtype: Any) -> list[Any]:
     """Random Hadamard transform of a thread's 16 float32, each result rounded by `to_dtype`."""
     v = [x if sign == "+" else ptx.negative(x) for x, sign in zip(values, SIGNS, strict=True)]
     for half in (1, 2, 4, 8):
-        for i in range(16):
-            if not i & half:
-                v[i], v[i + half] = ptx.add(v[i], v[i + half]), ptx.sub(v[i], v[i + half])
-    return [to_dtype(ptx.mul(x, 0.25)) for x in v]
+        for i in range(0, 16, 2):
+            if half == 1:
+                v[i], v[i + 1] = ptx.add(v[i], v[i + 1]), ptx.sub(v[i], v[i + 1])
+            elif not i & half:
+                low, high = (v[i], v[i + 1]), (v[i + half], v[i + half + 1])
+                v[i : i + 2], v[i + half : i + half + 2] = _sum_and_difference(low, high)
+    return [to_dtype(x) for x in _quarters(v)]
+
+
+def _sum_and_difference(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    if conversions.has_f32x2():
+        return ptx.add_x2(a, b), ptx.sub_x2(a, b)
+    added = [ptx.add(x, y) for x, y in zip(a, b, strict=True)]
+    return added, [ptx.sub(x, y) for x, y in zip(a, b, strict=True)]
+
+
+def _quarters(values: list[Any]) -> list[Any]:
+    if not conversions.has_f32x2():
+        return [ptx.mul(x, 0.25) for x in values]
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return [x for pair in pairs for x in ptx.mul_x2(pair, (0.25, 0.25))]
 
 
 def rotate_across(values: list[Any], to_dtype: Any) -> list[Any]:

@@ -32,9 +32,9 @@ def block(
         dice: the four words of `contract.philox`; None for nearest.
         half_exponents: see `filtered.adaptive`.
     """
-    words = [ptx.clear_negative_zeros_bf16x2(word) for word in words]
     mags = filtered.magnitudes(words)
     if dice is not None:
+        words = [ptx.clear_negative_zeros_bf16x2(word) for word in words]
         choice = filtered_stochastic.choose(mags, tensor, rules, half_exponents)
         low, high = filtered_stochastic.codes(words, choice.inverse, dice)
     else:
@@ -42,7 +42,7 @@ def block(
             choice = filtered.adaptive(mags, tensor, half_exponents)
         else:
             choice = filtered.single(mags, tensor)
-        low, high = filtered.codes(words, choice.inverse)
+        low, high = filtered.codes(filtered.without_negative_zeros(words), choice.inverse)
     low = ptx.where_nonzero(choice.scale, low, 0)
     high = ptx.where_nonzero(choice.scale, high, 0)
     return Block(low, high, choice.scale, choice.near)

@@ -28,7 +28,7 @@ another reason, since q is then not nearest to what d is measured from (3.4% of 
 
 from typing import Any, NamedTuple
 
-from fos_compile.kernels.cute import ptx
+from fos_compile.kernels.cute import conversions, ptx
 from fos_compile.kernels.cute.contract import EXPONENT, MIDRANGE, Tensor
 
 HALF_512 = 0x60006000
@@ -148,13 +148,29 @@ def _total(halves: list[Any]) -> Any:
     return ptx.add(low, high)
 
 
+def without_negative_zeros(words: list[Any]) -> list[Any]:
+    """Packed bf16 as `codes` needs them: the instruction takes care of -0 on its way."""
+    if conversions.has_e2m1():
+        return words
+    return [ptx.clear_negative_zeros_bf16x2(word) for word in words]
+
+
 def codes(words: list[Any], inverse: Any) -> tuple[Any, Any]:
     """Nearest E2M1 codes of 16 packed bf16, |x| * inverse at most 6.9: two words of nibbles.
 
-    `words` holds no -0. Signs survive an inverse of 0: the caller clears blocks of scale 0.
+    `words` are of `without_negative_zeros`. Signs survive an inverse of 0: the caller clears
+    blocks of scale 0.
     """
+    if conversions.has_e2m1():
+        return _converted(words[:4], inverse), _converted(words[4:], inverse)
     factor = ptx.mul(inverse, 2.0**CODE_SHIFT)
     return _word(words[:4], factor), _word(words[4:], factor)
+
+
+def _converted(words: list[Any], inverse: Any) -> Any:
+    halves = [half for w in words for half in (w << 16, w & ptx.u32(0xFFFF0000))]
+    # Adding 0 makes -0 positive, and nothing else.
+    return ptx.e2m1x8(*(ptx.fma(ptx.real(half), inverse, 0.0) for half in halves))
 
 
 def _word(words: list[Any], factor: Any) -> Any:

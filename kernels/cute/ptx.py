@@ -6,32 +6,37 @@ kernel on a CPU. Rounding is always explicit: a PTX ``mul`` or ``add`` without `
 contracted into a multiply-add.
 """
 
+# Kernels find everything here.
+# ruff: noqa: F401
+
 from typing import Any
 
 from cutlass import Float32, Uint32
 from cutlass.cute import arch
 
+from fos_compile.kernels.cute.global_memory import (
+    atomic_add_u32,
+    atomic_max_u32,
+    load_b16,
+    load_b32,
+    load_f32,
+    load_stream_v4,
+    load_u8,
+    load_v2,
+    store_b16,
+    store_b32,
+    store_u8,
+    store_v2,
+    store_v4,
+)
+from fos_compile.kernels.cute.registers import register, u32
+
 
 def _emit(code: str, result: Any, *operands: Any) -> Any:
     names = ", ".join(f"{{$r{i}}}" for i in range(len(operands)))
-    operands_ = [_register(each) for each in operands]
+    operands_ = [register(each) for each in operands]
     text = code.replace("@", names)
     return arch.inline_ptx(text, write_only_types=[result], read_only_args=operands_)
-
-
-def _register(operand: Any) -> Any:
-    if isinstance(operand, int):
-        return u32(operand)
-    return Float32(operand) if isinstance(operand, float) else operand
-
-
-def u32(value: int) -> Any:
-    """A constant in a register.
-
-    Packed instructions take no immediates in PTX, and a bare int above 2^31 would make an
-    expression 64 bits wide. The assembler folds the move.
-    """
-    return arch.inline_ptx(f"mov.b32 {{$w0}}, {value:#x};", write_only_types=[Uint32])
 
 
 # float32
@@ -134,6 +139,33 @@ def real(a: Any) -> Any:
     return _emit("mov.b32 {$w0}, @;", Float32, a)
 
 
+# Pairs of float32 (sm_100 and up: `conversions.has_f32x2`)
+
+
+def _emit_x2(name: str, a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    code = (
+        "{ .reg .b64 a, b; mov.b64 a, {{$r0}, {$r1}}; mov.b64 b, {{$r2}, {$r3}}; "
+        f"{name}.rn.f32x2 a, a, b; mov.b64 {{{{$w0}}, {{$w1}}}}, a; }}"
+    )
+    operands = [register(each) for each in (*a, *b)]
+    return arch.inline_ptx(code, write_only_types=[Float32, Float32], read_only_args=operands)
+
+
+def add_x2(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    """a + b of each, one rounding."""
+    return _emit_x2("add", a, b)
+
+
+def sub_x2(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    """a - b of each, one rounding."""
+    return _emit_x2("sub", a, b)
+
+
+def mul_x2(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    """a * b of each, one rounding."""
+    return _emit_x2("mul", a, b)
+
+
 # Two float16 in a 32-bit register
 
 
@@ -221,7 +253,7 @@ def where_less(a: Any, b: Any, yes: Any, no: Any) -> Any:
     """yes where a < b (float32), else no (32-bit integers)."""
     code = "{ .reg .pred p; setp.lt.f32 p, {$r0}, {$r1}; selp.b32 {$w0}, {$r2}, {$r3}, p; }"
     return arch.inline_ptx(
-        code, write_only_types=[Uint32], read_only_args=[*map(_register, (a, b, yes, no))]
+        code, write_only_types=[Uint32], read_only_args=[*map(register, (a, b, yes, no))]
     )
 
 
@@ -229,7 +261,7 @@ def where_nonzero(a: Any, yes: Any, no: Any) -> Any:
     """yes where a is not 0, else no (32-bit integers)."""
     code = "{ .reg .pred p; setp.ne.u32 p, {$r0}, 0; selp.b32 {$w0}, {$r1}, {$r2}, p; }"
     return arch.inline_ptx(
-        code, write_only_types=[Uint32], read_only_args=[*map(_register, (a, yes, no))]
+        code, write_only_types=[Uint32], read_only_args=[*map(register, (a, yes, no))]
     )
 
 
@@ -237,7 +269,7 @@ def where_below(a: Any, b: Any, yes: Any, no: Any) -> Any:
     """yes where a < b (unsigned), else no (32-bit integers)."""
     code = "{ .reg .pred p; setp.lo.u32 p, {$r0}, {$r1}; selp.b32 {$w0}, {$r2}, {$r3}, p; }"
     return arch.inline_ptx(
-        code, write_only_types=[Uint32], read_only_args=[*map(_register, (a, b, yes, no))]
+        code, write_only_types=[Uint32], read_only_args=[*map(register, (a, b, yes, no))]
     )
 
 
@@ -264,117 +296,25 @@ def e5m2x4(a: Any, b: Any, c: Any, d: Any) -> Any:
     return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b, c, d])
 
 
+def e2m1x8(*numbers: Any) -> Any:
+    """Eight float32, rounded to nearest even E2M1 and saturated at 6: nibbles, lowest first.
+
+    In hardware on sm_100a, sm_103a and sm_120a: `conversions.has_e2m1`.
+    """
+    pairs = " ".join(
+        f"cvt.rn.satfinite.e2m1x2.f32 b{i}, {{$r{2 * i + 1}}}, {{$r{2 * i}}};" for i in range(4)
+    )
+    code = f"{{ .reg .b8 b0, b1, b2, b3; {pairs} mov.b32 {{$w0}}, {{b0, b1, b2, b3}}; }}"
+    return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=list(numbers))
+
+
 def from_e4m3x2(a: Any) -> Any:
     """E4M3 bytes 0 and 1 as two float16."""
     code = "{ .reg .b16 t; cvt.u16.u32 t, {$r0}; cvt.rn.f16x2.e4m3x2 {$w0}, t; }"
     return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a])
 
 
-# Memory
-
-
-def load_stream_v4(address: Any, wanted: Any) -> tuple[Any, ...]:
-    """16 aligned bytes of global memory, or zeros unless `wanted`.
-
-    Evicted first from L1, where the other half of a 32-byte sector is taken next; not allocating
-    it there took the same time on an H100.
-    """
-    code = (
-        "{ .reg .pred p; setp.ne.u32 p, {$r1}, 0; "
-        "mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; mov.b32 {$w3}, 0; "
-        "@p ld.global.L1::evict_first.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }"
-    )
-    return arch.inline_ptx(
-        code, write_only_types=[Uint32] * 4, read_only_args=[address, _register(wanted)]
-    )
-
-
-def load_b32(address: Any, wanted: Any) -> Any:
-    """32 bits of global memory, or 0 unless `wanted`."""
-    code = (
-        "{ .reg .pred p; setp.ne.u32 p, {$r1}, 0; mov.b32 {$w0}, 0; "
-        "@p ld.global.b32 {$w0}, [{$r0}]; }"
-    )
-    return arch.inline_ptx(
-        code, write_only_types=[Uint32], read_only_args=[address, _register(wanted)]
-    )
-
-
-def load_b16(address: Any, wanted: Any) -> Any:
-    """16 bits of global memory in the low half of a register, or 0 unless `wanted`."""
-    code = (
-        "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, {$r1}, 0; mov.b16 t, 0; "
-        "@p ld.global.b16 t, [{$r0}]; cvt.u32.u16 {$w0}, t; }"
-    )
-    return arch.inline_ptx(
-        code, write_only_types=[Uint32], read_only_args=[address, _register(wanted)]
-    )
-
-
-def load_v2(address: Any, wanted: Any = 1) -> tuple[Any, Any]:
-    """8 aligned bytes of global memory, or zeros unless `wanted`."""
-    code = (
-        "{ .reg .pred p; setp.ne.u32 p, {$r1}, 0; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; "
-        "@p ld.global.v2.b32 {{$w0}, {$w1}}, [{$r0}]; }"
-    )
-    return arch.inline_ptx(
-        code, write_only_types=[Uint32, Uint32], read_only_args=[address, _register(wanted)]
-    )
-
-
-def load_u8(address: Any, wanted: Any) -> Any:
-    """A byte of global memory, or 0 unless `wanted`."""
-    code = (
-        "{ .reg .pred p; setp.ne.u32 p, {$r1}, 0; mov.b32 {$w0}, 0; "
-        "@p ld.global.u8 {$w0}, [{$r0}]; }"
-    )
-    return arch.inline_ptx(
-        code, write_only_types=[Uint32], read_only_args=[address, _register(wanted)]
-    )
-
-
-def load_f32(address: Any) -> Any:
-    """A float32 of global memory."""
-    return _emit("ld.global.f32 {$w0}, [@];", Float32, address)
-
-
-def store_v2(address: Any, a: Any, b: Any, wanted: Any) -> None:
-    """8 bytes to aligned global memory, if `wanted`."""
-    code = "{ .reg .pred p; setp.ne.u32 p, {$r3}, 0; @p st.global.v2.b32 [{$r0}], {{$r1}, {$r2}}; }"
-    arch.inline_ptx(code, read_only_args=[address, *map(_register, (a, b, wanted))])
-
-
-def store_v4(address: Any, words: list[Any], wanted: Any) -> None:
-    """16 bytes to aligned global memory, if `wanted`."""
-    code = (
-        "{ .reg .pred p; setp.ne.u32 p, {$r5}, 0; "
-        "@p st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}}; }"
-    )
-    arch.inline_ptx(code, read_only_args=[address, *words, _register(wanted)])
-
-
-def store_b32(address: Any, a: Any, wanted: Any) -> None:
-    """4 bytes to aligned global memory, if `wanted`."""
-    code = "{ .reg .pred p; setp.ne.u32 p, {$r2}, 0; @p st.global.b32 [{$r0}], {$r1}; }"
-    arch.inline_ptx(code, read_only_args=[address, a, _register(wanted)])
-
-
-def store_b16(address: Any, a: Any, wanted: Any) -> None:
-    """The low half of a register to global memory, if `wanted`."""
-    code = (
-        "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, {$r2}, 0; cvt.u16.u32 t, {$r1}; "
-        "@p st.global.b16 [{$r0}], t; }"
-    )
-    arch.inline_ptx(code, read_only_args=[address, *map(_register, (a, wanted))])
-
-
-def store_u8(address: Any, a: Any, wanted: Any) -> None:
-    """The low byte of a register to global memory, if `wanted`."""
-    code = (
-        "{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, {$r2}, 0; cvt.u16.u32 t, {$r1}; "
-        "@p st.global.b8 [{$r0}], t; }"
-    )
-    arch.inline_ptx(code, read_only_args=[address, *map(_register, (a, wanted))])
+# Threads
 
 
 def lane() -> Any:
@@ -397,16 +337,6 @@ def shuffle_xor(a: Any, distance: int) -> Any:
 def warp_max_u32(a: Any) -> Any:
     """The largest of a warp's unsigned integers, in every lane (sm_80 and up)."""
     return _emit("redux.sync.max.u32 {$w0}, @, 0xffffffff;", Uint32, a)
-
-
-def atomic_add_u32(address: Any, a: Any) -> None:
-    """Add to a 32-bit integer in global memory."""
-    arch.inline_ptx("red.global.add.u32 [{$r0}], {$r1};", read_only_args=[address, a])
-
-
-def atomic_max_u32(address: Any, a: Any) -> None:
-    """Raise a 32-bit unsigned integer in global memory to at least `a`."""
-    arch.inline_ptx("red.global.max.u32 [{$r0}], {$r1};", read_only_args=[address, a])
 
 
 def popc(a: Any) -> Any:

@@ -115,8 +115,8 @@ class QuantizeFiltered:
         ahead = cute.make_rmem_tensor(8, Uint32)
         self.load(ahead, x, at, col, cols)
         near = Uint32(0)
-        for i in cutlass.range(turns):
-            words = [ptx.clear_negative_zeros_bf16x2(word) for word in self.rotated(ahead)]
+        for i in cutlass.range(turns, unroll=1):
+            words = filtered.without_negative_zeros(self.rotated(ahead))
             at += WARPS * CHUNK * 2 * x.stride[2]
             col += WARPS * CHUNK
             self.load(ahead, x, at, col, cols)

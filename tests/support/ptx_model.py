@@ -54,6 +54,18 @@ def add_down(a, b):
     return np.where(near > exact, np.nextafter(near, F32(-np.inf)), near)
 
 
+def add_x2(a, b):
+    return tuple(map(add, a, b))
+
+
+def sub_x2(a, b):
+    return tuple(map(sub, a, b))
+
+
+def mul_x2(a, b):
+    return tuple(map(mul, a, b))
+
+
 def div(a, b):
     return _f32(a) / _f32(b)
 
@@ -243,6 +255,17 @@ def e5m2x4(*numbers):
     clipped = [np.clip(_f32(each), -57344, 57344) for each in numbers]
     bytes_ = torch.from_numpy(np.stack(np.broadcast_arrays(*clipped), -1)).to(torch.float8_e5m2)
     return bytes_.view(torch.uint8).numpy().view(U32)[..., 0]
+
+
+def e2m1x8(*numbers):
+    word = U32(0)
+    for i, number in enumerate(map(_f32, numbers)):
+        y = np.abs(number)
+        step = np.where(y < 2, F32(0.5), np.where(y < 4, F32(1), F32(2)))
+        q = np.minimum(np.rint(y / step) * step, F32(6))  # ties to even multiples of a step
+        code = np.where(q < 2, q * 2, np.where(q < 4, q + 2, q / 2 + 4)).astype(U32)
+        word = word | ((code | (np.signbit(number).astype(U32) << U32(3))) << U32(4 * i))
+    return word
 
 
 def from_e4m3x2(a):

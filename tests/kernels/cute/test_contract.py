@@ -13,7 +13,7 @@ import ptx_model
 from fos_compile.kernels import formats
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
-from fos_compile.kernels.cute import contract, dequantize_blocks
+from fos_compile.kernels.cute import contract, conversions, dequantize_blocks
 
 SEED, STREAM = -1234567890123456789, 5
 ROUND_TO = {
@@ -24,10 +24,15 @@ ROUND_TO = {
 
 
 @pytest.fixture(autouse=True)
-def model(monkeypatch):
+def model(monkeypatch, request):
     ptx_model.install(monkeypatch, contract, dequantize_blocks)
-    with np.errstate(all="ignore"):
+    arch = getattr(request, "param", "sm_90a")
+    with np.errstate(all="ignore"), conversions.target(arch):
         yield
+
+
+both_conversions = pytest.mark.parametrize("model", ["sm_90a", "sm_100a"], indirect=True)
+"""E2M1 by arithmetic, and by an instruction."""
 
 
 def options():
@@ -143,9 +148,10 @@ def mismatches(dtype, divisions="IEEE"):
             yield rules, rht, given
 
 
+@both_conversions
 @pytest.mark.parametrize("dtype", formats.DTYPES, ids=str)
 @pytest.mark.parametrize("divisions", ["IEEE", "MIDRANGE"])
-def test_every_option_gives_the_bits_of_the_reference(dtype, divisions):
+def test_every_option_gives_the_bits_of_the_reference(model, dtype, divisions):
     assert not list(mismatches(dtype, divisions))
 
 

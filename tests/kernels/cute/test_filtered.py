@@ -5,6 +5,7 @@ Under test: a block that it does not call `near` has the bits of the reference, 
 
 from __future__ import annotations
 
+import filter_blocks
 import numpy as np
 import pytest
 import torch
@@ -13,68 +14,19 @@ import ptx_model
 from fos_compile.kernels import formats
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
-from fos_compile.kernels.cute import contract, filtered, host_quantize_filtered
-
-BLOCKS = 1 << 15
+from fos_compile.kernels.cute import contract, conversions, filtered, host_quantize_filtered
 
 
 @pytest.fixture(autouse=True)
-def model(monkeypatch):
+def model(monkeypatch, request):
     ptx_model.install(monkeypatch, contract, filtered)
-    with np.errstate(all="ignore"):
+    arch = getattr(request, "param", "sm_90a")
+    with np.errstate(all="ignore"), conversions.target(arch):
         yield
 
 
-def gaussian(generator):
-    return torch.randn(BLOCKS, 16, generator=generator)
-
-
-def heavy_tailed(generator):
-    return gaussian(generator) * torch.exp(4 * torch.randn(BLOCKS, 1, generator=generator))
-
-
-def on_the_grid(generator):
-    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0])
-    return grid[torch.randint(9, (BLOCKS, 16), generator=generator)]
-
-
-def at_thresholds(generator):
-    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6])
-    signs = torch.randint(2, (BLOCKS, 16), generator=generator) * 2 - 1
-    return ties[torch.randint(8, (BLOCKS, 16), generator=generator)] * signs
-
-
-def next_to_thresholds(generator):
-    """Within a float16 rounding of a tie, where q may be on the wrong side."""
-    off = 1 + 2.0**-8 * torch.randint(-1, 2, (BLOCKS, 16), generator=generator)
-    return at_thresholds(generator) * off
-
-
-def sixteenths(generator):
-    return torch.randint(-96, 97, (BLOCKS, 16), generator=generator) / 16
-
-
-def mostly_tiny(generator):
-    """One large element, the others down to what float16 cannot hold beside it."""
-    x = gaussian(generator) * torch.exp2(torch.randint(-30, 1, (BLOCKS, 16), generator=generator))
-    x[:, 0] = 6.0
-    return x
-
-
-def sparse(generator):
-    return gaussian(generator) * (torch.rand(BLOCKS, 16, generator=generator) < 0.1)
-
-
-DATA = [
-    gaussian,
-    heavy_tailed,
-    on_the_grid,
-    at_thresholds,
-    next_to_thresholds,
-    sixteenths,
-    mostly_tiny,
-    sparse,
-]
+both_conversions = pytest.mark.parametrize("model", ["sm_90a", "sm_100a"], indirect=True)
+"""E2M1 by arithmetic, and by an instruction."""
 
 
 def quantize(x, amax, rule):
@@ -100,9 +52,10 @@ def quantize(x, amax, rule):
     return (got != want).any(-1) | (scale != wanted), choice.near != 0
 
 
+@both_conversions
 @pytest.mark.parametrize("rule", ["mse", "static_6"])
-@pytest.mark.parametrize("make", DATA)
-def test_wrong_only_where_it_says_so(make, rule):
+@pytest.mark.parametrize("make", filter_blocks.DATA)
+def test_wrong_only_where_it_says_so(model, make, rule):
     x = make(torch.Generator().manual_seed(0)).bfloat16()
     most = float(x.abs().max())
     # Other tensor scales put the same block elsewhere on the grid; below the largest they saturate.
@@ -113,7 +66,7 @@ def test_wrong_only_where_it_says_so(make, rule):
 
 @pytest.mark.parametrize("exponent", [-39, -20, 0, 40, 59])
 def test_holds_in_the_range_it_claims(exponent):
-    x = (gaussian(torch.Generator().manual_seed(0)) * 2.0**exponent / 5).bfloat16()
+    x = (filter_blocks.gaussian(torch.Generator().manual_seed(0)) * 2.0**exponent / 5).bfloat16()
     wrong, near = quantize(x, 2.0**exponent, "mse")
     assert not (wrong & ~near).any()
 
@@ -130,7 +83,7 @@ def test_the_worst_known_tie_is_near():
 
 def test_few_gaussian_blocks_are_near_and_those_would_be_wrong():
     """What the speed rests on, and that the bound is not idle: without it bits would differ."""
-    x = gaussian(torch.Generator().manual_seed(0)).bfloat16()
+    x = filter_blocks.gaussian(torch.Generator().manual_seed(0)).bfloat16()
     wrong, near = quantize(x, float(x.abs().max()), "mse")
     assert near.mean() < 0.04
     assert wrong.any()
@@ -168,7 +121,7 @@ def test_the_comparison_sees(monkeypatch, mutant):
     """Each of these mistakes makes a block wrong that is not called near."""
     monkeypatch.setattr(*MUTANTS[mutant])
     found = []
-    for make in DATA:
+    for make in filter_blocks.DATA:
         x = make(torch.Generator().manual_seed(0)).bfloat16()
         most = float(x.abs().max())
         for amax in (most, most * 1.01, most * 1.7, most * 40):
