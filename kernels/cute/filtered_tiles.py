@@ -51,12 +51,12 @@ class Tile(NamedTuple):
 
 def top(rows: list[list[Any]]) -> Any:
     """float32 pattern of the largest magnitude of a tile; NaN is the largest."""
-    words = [word & filtered.MAGNITUDES for row in rows for word in row]
-    while len(words) > 1:
-        words = [ptx.max_u16x2(a, b) for a, b in zip(words[::2], words[1::2], strict=True)]
+    most, *others = [word & filtered.MAGNITUDES for row in rows for word in row]
+    for word in others:  # one after the other, since an instruction takes the largest of three
+        most = ptx.max_u16x2(most, word)
     for distance in (4, 8):
-        words = [ptx.max_u16x2(word, ptx.shuffle_xor(word, distance)) for word in words]
-    return filtered.peak_bits(words)
+        most = ptx.max_u16x2(most, ptx.shuffle_xor(most, distance))
+    return filtered.peak_bits([most])
 
 
 def tile_of(peak: Any, tensor: Tensor) -> Tile:

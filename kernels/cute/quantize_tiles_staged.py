@@ -19,40 +19,10 @@ import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute
 from cutlass.cute import arch
 
-from fos_compile.kernels.cute import contract, filtered_tiles, ptx, shared
+from fos_compile.kernels.cute import contract, filtered_tiles, ptx, shared, warp_tiles
 from fos_compile.kernels.cute.host_quantize_tiles_staged import CTAS_PER_SM, THREADS
 
 WARPS = THREADS // 32
-BAND, COLS = 128, 64
-"""Rows and columns of a warp."""
-ROWS = 32
-"""Of them at a time."""
-UNIT = 64
-"""Rows whose column codes fill a sector; a row of x.mT is padded to a multiple."""
-TILE_BYTES = ROWS * COLS * 2
-COLUMN_BYTES = COLS * UNIT // 2
-SCALE_BYTES = 80
-"""Those of a band in 8 words, those of the columns of a unit in 4; constants; undecided tiles."""
-BYTES = TILE_BYTES + COLUMN_BYTES + SCALE_BYTES
-
-
-class Memory(NamedTuple):
-    """Shared addresses of a warp."""
-
-    tile: Any
-    columns: Any
-    scales_row: Any
-    scales_col: Any
-    constants: Any
-    near: Any
-
-
-class Place(NamedTuple):
-    """Where a warp works."""
-
-    batch: Any
-    top: Any
-    left: Any
 
 
 class Buffers(NamedTuple):
@@ -96,7 +66,7 @@ class QuantizeTilesStaged:
         self.kernel(
             x, amax_row, amax_col, values_row, scales_row, values_col, scales_col, half_exponents
         ).launch(
-            grid=(x.shape[0] * cute.ceil_div(x.shape[1], BAND) * groups, 1, 1),
+            grid=(x.shape[0] * cute.ceil_div(x.shape[1], warp_tiles.BAND) * groups, 1, 1),
             block=(THREADS, 1, 1),
             stream=stream,
             min_blocks_per_mp=CTAS_PER_SM,
@@ -105,9 +75,9 @@ class QuantizeTilesStaged:
 
     def groups(self, x: cute.Tensor) -> Any:
         """CTAs along a row; columns have scales up to a multiple of 128."""
-        chunks = cute.ceil_div(x.shape[2], COLS)
+        chunks = cute.ceil_div(x.shape[2], warp_tiles.COLS)
         if self.col:
-            chunks = cute.ceil_div(x.shape[2], 2 * COLS) * 2
+            chunks = cute.ceil_div(x.shape[2], 2 * warp_tiles.COLS) * 2
         return cute.ceil_div(chunks, WARPS)
 
     @cute.kernel
@@ -127,7 +97,7 @@ class QuantizeTilesStaged:
         bx, _, _ = arch.block_idx()
         warp, lane = tid >> 5, tid & 31
         here = self.place(x, bx, warp)
-        memory = self.memory(warp)
+        memory = warp_tiles.memory(self.alloc(), warp, WARPS)
         to = Buffers(values_row, scales_row, values_col, scales_col)
         if cutlass.const_expr(self.row and self.col):
             sides = Int32(1)
@@ -137,7 +107,7 @@ class QuantizeTilesStaged:
                 amax = amax_row if side == 0 else amax_col
                 row = Uint32(1) if side == 0 else Uint32(0)
                 col = Uint32(1) if side + 1 == sides else Uint32(0)
-                there, at = again(here), again(lane)
+                there, at = warp_tiles.again(here), warp_tiles.again(lane)
                 self.quantize(x, there, memory, to, amax, (row, col), at, half_exponents)
                 arch.sync_warp()
         else:
@@ -149,23 +119,18 @@ class QuantizeTilesStaged:
     def place(self, x: cute.Tensor, number: Int32, warp: Int32) -> Any:
         """Where a warp of the CTA of this number works: CTAs walk along rows, then down."""
         groups = self.groups(x)
-        down = cute.ceil_div(x.shape[1], BAND)
+        down = cute.ceil_div(x.shape[1], warp_tiles.BAND)
         line = number // groups
-        return Place(
+        return warp_tiles.Place(
             batch=line // down,
-            top=(line % down) * BAND,
-            left=((number % groups) * WARPS + warp) * COLS,
+            top=(line % down) * warp_tiles.BAND,
+            left=((number % groups) * WARPS + warp) * warp_tiles.COLS,
         )
 
-    @cute.jit
-    def memory(self, warp: Int32) -> Any:
-        """Shared memory of this warp."""
-        whole = arch.alloc_smem(cutlass.Uint8, WARPS * BYTES, alignment=128)
-        tile = shared.address_of(whole) + Uint32(warp * (TILE_BYTES + COLUMN_BYTES))
-        scales = shared.address_of(whole) + Uint32(
-            WARPS * (TILE_BYTES + COLUMN_BYTES) + warp * SCALE_BYTES
-        )
-        return Memory(tile, tile + TILE_BYTES, scales, scales + 32, scales + 48, scales + 64)
+    def alloc(self) -> Any:
+        """Shared address of the memory of all warps."""
+        size = WARPS * warp_tiles.BYTES
+        return shared.address_of(arch.alloc_smem(cutlass.Uint8, size, alignment=128))
 
     @cute.jit
     def quantize(
@@ -182,34 +147,41 @@ class QuantizeTilesStaged:
         """All that this warp has, in the orientations that are `wanted` with this amax."""
         row_wanted, col_wanted = wanted
         exists = here.left < x.shape[2]
-        units = cutlass.min((x.shape[1] - here.top + UNIT - 1) // UNIT, BAND // UNIT)
-        rounds = units * (UNIT // ROWS) if exists else Int32(0)
-        source = address_in(x, here.batch, here.top + (lane >> 3), here.left + (lane & 7) * 8)
+        units = cutlass.min(
+            (x.shape[1] - here.top + warp_tiles.UNIT - 1) // warp_tiles.UNIT,
+            warp_tiles.BAND // warp_tiles.UNIT,
+        )
+        rounds = units * (warp_tiles.UNIT // warp_tiles.ROWS) if exists else Int32(0)
+        source = warp_tiles.address_in(
+            x, here.batch, here.top + (lane >> 3), here.left + (lane & 7) * 8
+        )
         if exists:
-            copy(memory.tile, x, here, source, here.top, lane)
+            warp_tiles.copy(memory.tile, x, here, source, here.top, lane)
         if lane == 0:
-            store_constants(memory.constants, amax, self.rules.qs)
+            warp_tiles.store_constants(memory.constants, amax, self.rules.qs)
         # A lane has rows 4 u, ... of the tile in column c, and writes 8 bytes of each.
         u, c = lane >> 2, lane & 3
         mine = memory.tile + Uint32(u * 512 + ((c * 2) ^ (u & 1)) * 16)
-        pitch = cute.ceil_div(x.shape[2], COLS) * (COLS // 2)
+        pitch = cute.ceil_div(x.shape[2], warp_tiles.COLS) * (warp_tiles.COLS // 2)
         line = Int64(here.batch) * x.shape[1] + here.top + u * 4
         values = to.values_row + line * pitch + (here.left >> 1) + c * 8
         head = Uint32(1) if (u & 3) == 0 else Uint32(0)  # writes the scale of the tile
         for j in cutlass.range(rounds, unroll=1):
-            wait()
-            tensor, outside = load_constants(memory.constants)
+            warp_tiles.wait()
+            tensor, outside = warp_tiles.load_constants(memory.constants)
             choice = self.choose(mine, tensor, half_exponents)
-            found = ballot(choice.near | outside)
+            found = warp_tiles.ballot(choice.near | outside)
             if lane == 0:
                 shared.store_b32(memory.near + Uint32(j * 4), found)
-            existing = x.shape[1] - (here.top + j * ROWS + u * 4)  # of this lane's rows, or more
+            existing = x.shape[1] - (
+                here.top + j * warp_tiles.ROWS + u * 4
+            )  # of this lane's rows, or more
             words = self.encode(
                 mine, choice, values, pitch, existing if row_wanted != 0 else Int32(0)
             )
-            values += ROWS * Int64(pitch)
+            values += warp_tiles.ROWS * Int64(pitch)
             if cutlass.const_expr(self.col):
-                store_columns(memory.columns, words, j & 1, lane)
+                warp_tiles.store_columns(memory.columns, words, j & 1, lane)
                 if head != 0:
                     at = c * 4 + (j & 1) * 2 + (u >> 2)
                     shared.store_u8(memory.scales_col + Uint32(at), choice.scale)
@@ -219,26 +191,32 @@ class QuantizeTilesStaged:
                     shared.store_u8(memory.scales_row + Uint32(at), choice.scale)
             arch.sync_warp()
             if j + 1 < rounds:
-                source += ROWS * x.stride[1] * 2
-                copy(memory.tile, x, here, source, here.top + (j + 1) * ROWS, lane)
+                source += warp_tiles.ROWS * x.stride[1] * 2
+                warp_tiles.copy(
+                    memory.tile, x, here, source, here.top + (j + 1) * warp_tiles.ROWS, lane
+                )
             if cutlass.const_expr(self.col):
                 if (j & 1) == 1 and col_wanted != 0:
-                    there, at = again(here), again(lane)
-                    unit = (there.top + j * ROWS) // UNIT
-                    flush_columns(memory.columns, x, there, to.values_col, unit, at)
-                    flush_scales_col(memory.scales_col, x, there, to.scales_col, unit, at)
+                    there, at = warp_tiles.again(here), warp_tiles.again(lane)
+                    unit = (there.top + j * warp_tiles.ROWS) // warp_tiles.UNIT
+                    warp_tiles.flush_columns(memory.columns, x, there, to.values_col, unit, at)
+                    warp_tiles.flush_scales_col(
+                        memory.scales_col, x, there, to.scales_col, unit, at
+                    )
         arch.sync_warp()
-        here, lane = again(here), again(lane)
+        here, lane = warp_tiles.again(here), warp_tiles.again(lane)
         if cutlass.const_expr(self.row):
             if exists and row_wanted != 0:
-                flush_scales_row(memory.scales_row, x, here, to.scales_row, lane)
+                warp_tiles.flush_scales_row(memory.scales_row, x, here, to.scales_row, lane)
         if cutlass.const_expr(self.col):
             if not exists and col_wanted != 0:
                 # Zeros for columns that do not exist, beside those that do.
                 if here.left < cute.ceil_div(x.shape[2], 128) * 128:
                     for unit in cutlass.range(units):
-                        at = here.top // UNIT + unit
-                        flush_scales_col(memory.scales_col, x, here, to.scales_col, at, lane)
+                        at = here.top // warp_tiles.UNIT + unit
+                        warp_tiles.flush_scales_col(
+                            memory.scales_col, x, here, to.scales_col, at, lane
+                        )
         # Of the lanes of a tile one counts: bits 0 to 3 for the four upper tiles, 16 to 19 for the
         # lower ones.
         near = Uint32(0)
@@ -252,7 +230,7 @@ class QuantizeTilesStaged:
     @cute.jit
     def choose(self, mine: Uint32, tensor: Any, half_exponents: Uint32) -> Any:
         """Scale of this lane's tile, and whether that is certain."""
-        rows = [load_row(mine, i) for i in range(filtered_tiles.ROWS)]
+        rows = [warp_tiles.load_row(mine, i) for i in range(filtered_tiles.ROWS)]
         peak = filtered_tiles.top(rows)
         if cutlass.const_expr(not self.rules.adaptive):
             choice = filtered_tiles.single(peak, tensor)
@@ -260,7 +238,9 @@ class QuantizeTilesStaged:
             tile = filtered_tiles.tile_of(peak, tensor)
             error6, error4, norm = Float32(0), Float32(0), Float32(0)
             for i in cutlass.range(filtered_tiles.ROWS, unroll=1):
-                six, four, squares = filtered_tiles.errors(load_row(mine, i), tile, half_exponents)
+                six, four, squares = filtered_tiles.errors(
+                    warp_tiles.load_row(mine, i), tile, half_exponents
+                )
                 error6, error4 = ptx.add(error6, six), ptx.add(error4, four)
                 norm = ptx.add(norm, squares)
             choice = filtered_tiles.decide(tile, error6, error4, norm)
@@ -274,8 +254,14 @@ class QuantizeTilesStaged:
         for k in cutlass.range_constexpr(4):
             lower[k] = Uint32(0)
         for pair in cutlass.range(filtered_tiles.ROWS // 2, unroll=1):
-            a = [ptx.clear_negative_zeros_bf16x2(word) for word in load_row(mine, pair * 2)]
-            b = [ptx.clear_negative_zeros_bf16x2(word) for word in load_row(mine, pair * 2 + 1)]
+            a = [
+                ptx.clear_negative_zeros_bf16x2(word)
+                for word in warp_tiles.load_row(mine, pair * 2)
+            ]
+            b = [
+                ptx.clear_negative_zeros_bf16x2(word)
+                for word in warp_tiles.load_row(mine, pair * 2 + 1)
+            ]
             codes = filtered_tiles.codes(a, b, choice.inverse, signs)
             for k in cutlass.range_constexpr(4):
                 upper[k] = lower[k]
@@ -309,7 +295,7 @@ class QuantizeTilesStaged:
         half = lane >> 4
         while near != 0:
             # The lower half of the warp has a tile; the other one its transpose, or the next tile.
-            which, other = ptx.find_low(near), Uint32(0)
+            which = ptx.find_low(near)
             near = near & (near - 1)
             is_col, chosen = Uint32(int(self.col)), wanted[1] if self.col else wanted[0]
             if cutlass.const_expr(self.row and self.col):
@@ -321,7 +307,7 @@ class QuantizeTilesStaged:
                     chosen = Uint32(1) if near != 0 else Uint32(0)
                 near = near & ptx.where_nonzero(near, near - 1, 0)
             # Bits as `quantize` puts them: half of 32 rows, which 32 rows, column.
-            top = here.top + Int32(((which >> 2) & 3) * ROWS + ((which >> 4) & 1) * 16)
+            top = here.top + Int32(((which >> 2) & 3) * warp_tiles.ROWS + ((which >> 4) & 1) * 16)
             left = here.left + Int32((which & 3) * 16)
             self.finish_tile(x, here, memory, to, (top, left), is_col, chosen, lane)
 
@@ -343,12 +329,20 @@ class QuantizeTilesStaged:
         """
         i = lane & 15
         row, col, rows, cols = corner[0], corner[1], x.shape[1], x.shape[2]
-        chunks, values, scales = cute.ceil_div(x.shape[2], COLS), to.values_row, to.scales_row
+        chunks, values, scales = (
+            cute.ceil_div(x.shape[2], warp_tiles.COLS),
+            to.values_row,
+            to.scales_row,
+        )
         along, down = Int64(2), x.stride[1] * 2  # bytes
-        at = address_in(x, here.batch, row, col)
+        at = warp_tiles.address_in(x, here.batch, row, col)
         if is_col != 0:
             row, col, rows, cols = col, row, cols, rows
-            chunks, values, scales = cute.ceil_div(x.shape[1], UNIT), to.values_col, to.scales_col
+            chunks, values, scales = (
+                cute.ceil_div(x.shape[1], warp_tiles.UNIT),
+                to.values_col,
+                to.scales_col,
+            )
             along, down = down, along
         at += i * along
         count = rows - row if col + i < cols else Int32(0)
@@ -356,7 +350,7 @@ class QuantizeTilesStaged:
         for k in cutlass.range_constexpr(16):
             exists = Uint32(1) if k < count else Uint32(0)
             given.append(ptx.real(ptx.load_b16(at + k * down, exists) << 16))
-        tensor, outside = load_constants(memory.constants)
+        tensor, outside = warp_tiles.load_constants(memory.constants)
         words, scale = contract.quantize_either(given, tensor, self.rules, None, outside)
         low, high = contract.transpose_bits(words, 4)
         row += i
@@ -366,145 +360,3 @@ class QuantizeTilesStaged:
         tile = (Int64(here.batch) * cute.ceil_div(rows, 128) + (row >> 7)) * chunks + (col >> 6)
         place = (row & 31) * 16 + ((row >> 5) & 3) * 4 + ((col >> 4) & 3)
         ptx.store_u8(scales + tile * 512 + place, scale, inside)
-
-
-@cute.jit
-def address_in(x: cute.Tensor, batch: Int32, row: Int32, col: Int32) -> Int64:
-    """Of an element, columns contiguous."""
-    offset = Int64(batch) * x.stride[0] + Int64(row) * x.stride[1] + Int64(col)
-    return x.iterator.toint() + offset * 2
-
-
-@cute.jit
-def copy(tile: Uint32, x: cute.Tensor, here: Any, source: Int64, row: Int32, lane: Int32) -> None:
-    """Begin to copy 32 rows from `row` on, zeros outside the matrix; `wait` ends it.
-
-    Chunk k of 16 bytes of row r lies at 128 r + 16 (k ^ (r / 4 % 2)): eight lanes that read the
-    same half of the blocks of rows r and r + 4 meet no bank twice.
-
-    Args:
-        source: address of this lane's chunk of the first of these rows: lane / 8 further down.
-    """
-    chunk = lane & 7
-    to = tile + Uint32((lane >> 3) * 128 + chunk * 16)
-    step = x.stride[1] * 8
-    if row + ROWS <= x.shape[1] and here.left + COLS <= x.shape[2]:
-        for j in cutlass.range_constexpr(ROWS // 4):
-            shared.copy_async_16((to ^ ((j & 1) << 4)) + j * 512, source + j * step)
-    else:
-        rows = x.shape[1] if here.left + chunk * 8 < x.shape[2] else Int32(0)
-        for j in cutlass.range_constexpr(ROWS // 4):
-            wanted = Uint32(1) if row + (lane >> 3) + j * 4 < rows else Uint32(0)
-            at = (to ^ ((j & 1) << 4)) + j * 512
-            shared.copy_async_16_or_zero(at, source + j * step, wanted)
-
-
-@cute.jit
-def wait() -> None:
-    """Wait for the copies of all lanes."""
-    shared.wait_copies()
-    arch.sync_warp()
-
-
-def store_constants(to: Any, amax: Any, qs: float) -> None:
-    """What is common to all tiles: two divisions."""
-    tensor = contract.tensor_of(ptx.load_f32(amax), qs)
-    numbers = [ptx.bits(number) for number in tensor]
-    shared.store_v4(to, [*numbers, contract.outside_midrange(tensor)])
-
-
-def load_constants(at: Any) -> tuple[contract.Tensor, Any]:
-    """The tensor's constants, and whether its amax is outside of `contract.MIDRANGE_AMAX`."""
-    amax, encode, decode, outside = shared.load_v4(at)
-    return contract.Tensor(ptx.real(amax), ptx.real(encode), ptx.real(decode)), outside
-
-
-def load_row(mine: Any, i: Any) -> list[Any]:
-    """A block of 16 of row i of a lane, eight words; `mine` is where its first row begins."""
-    at = mine + Uint32(i * 128)
-    return [*shared.load_v4(at), *shared.load_v4(at ^ 16)]
-
-
-def store_columns(columns: Any, words: list[Any], part: Any, lane: Any) -> None:
-    """Put `filtered_tiles.column_words` of a warp where `flush_columns` finds them.
-
-    16 bytes hold 32 rows of a column. A matrix of `stmatrix` is a word of every lane: eight such
-    rows, two of each of four tiles. Those of column n and this part of its 64 rows lie at
-    32 (n ^ (n / 32 % 2)) + 16 (part ^ (n / 16 % 2)), so that no bank is met twice.
-    """
-    matrix, row = lane >> 3, lane & 7
-    tile, later = row >> 1, row & 1
-    column = tile * 16 + (matrix & 1) * 4 + (matrix >> 1) + later * 2
-    at = columns + Uint32((column ^ (tile >> 1)) * 32 + (part ^ (tile & 1)) * 16)
-    store_transposed(at, words[:4])
-    store_transposed(at + 256, words[4:])
-
-
-@cute.jit
-def flush_columns(
-    columns: Uint32, x: cute.Tensor, here: Any, values: Int64, unit: Int32, lane: Int32
-) -> None:
-    """Write 64 codes, 32 bytes, of each of this warp's columns."""
-    part = lane & 1
-    pitch = cute.ceil_div(x.shape[1], UNIT) * 32
-    first = here.left + (lane >> 1)
-    to = values + (Int64(here.batch) * x.shape[2] + first) * pitch + unit * 32 + part * 16
-    for k in cutlass.range_constexpr(COLS // 16):
-        column = k * 16 + (lane >> 1)
-        words = shared.load_v4(columns + Uint32((column ^ (k >> 1)) * 32 + (part ^ (k & 1)) * 16))
-        exists = Uint32(1) if first + k * 16 < x.shape[2] else Uint32(0)
-        ptx.store_v4(to, list(words), exists)
-        to += 16 * Int64(pitch)
-
-
-@cute.jit
-def flush_scales_row(staged: Uint32, x: cute.Tensor, here: Any, scales: Int64, lane: Int32) -> None:
-    """Write the scales of a band: 512 bytes, four rows a lane, zeros from the last row on."""
-    words = list(shared.load_v4(staged + Uint32((lane >> 4) * 16)))
-    for j in cutlass.range_constexpr(BAND // 32):
-        words[j] = words[j] if here.top + lane + j * 32 < x.shape[1] else Uint32(0)
-    band = Int64(here.batch) * cute.ceil_div(x.shape[1], 128) + (here.top >> 7)
-    ptx.store_v4(
-        scales + (band * cute.ceil_div(x.shape[2], COLS) + (here.left >> 6)) * 512 + lane * 16,
-        words,
-        1,
-    )
-
-
-@cute.jit
-def flush_scales_col(
-    staged: Uint32, x: cute.Tensor, here: Any, scales: Int64, unit: Int32, lane: Int32
-) -> None:
-    """Write the scales of 64 columns and 64 rows, two columns a lane; zeros as above."""
-    words = []
-    for j in cutlass.range_constexpr(COLS // 32):
-        word = shared.load_b32(staged + Uint32(j * 8 + (lane >> 4) * 4))
-        words.append(word if here.left + lane + j * 32 < x.shape[2] else Uint32(0))
-    band = Int64(here.batch) * cute.ceil_div(x.shape[2], 128) + (here.left >> 7)
-    to = (
-        scales
-        + (band * cute.ceil_div(x.shape[1], UNIT) + unit) * 512
-        + lane * 16
-        + ((here.left >> 6) & 1) * 8
-    )
-    ptx.store_v2(to, words[0], words[1], 1)
-
-
-def store_transposed(address: Any, words: list[Any]) -> None:
-    """Four 8x8 matrices of 16 bits, transposed: lane 8 k + r has the address of row r of k."""
-    code = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
-    arch.inline_ptx(code, read_only_args=[address, *words])
-
-
-def again(a: Any) -> Any:
-    """The same, but nothing computed from it is kept in registers for the next turn of a loop."""
-    if isinstance(a, tuple):
-        return type(a)(*map(again, a))
-    code = "mov.b32 {$w0}, {$r0};"
-    return arch.inline_ptx(code, write_only_types=[type(a)], read_only_args=[a])
-
-
-def ballot(a: Any) -> Any:
-    """Which lanes of the warp have something else than 0."""
-    code = "{ .reg .pred p; setp.ne.u32 p, {$r0}, 0; vote.sync.ballot.b32 {$w0}, p, 0xffffffff; }"
-    return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a])

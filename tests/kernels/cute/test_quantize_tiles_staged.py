@@ -19,6 +19,7 @@ from fos_compile.kernels.cute import (
     filtered_tiles,
     host_quantize_filtered,
     quantize_tiles_staged,
+    warp_tiles,
 )
 
 ORDERS = {"up": range(simt.LANES), "down": range(simt.LANES)[::-1]}
@@ -62,7 +63,7 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
     bound = {name: types.MethodType(f, kernel) for name, f in plain(type(kernel)).items()}
     for name, method in bound.items():
         monkeypatch.setattr(kernel, name, method, raising=False)
-    for module in (quantize_tiles_staged, contract):
+    for module in (quantize_tiles_staged, warp_tiles, contract):
         for name, value in {**DSL, **plain(module)}.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
@@ -73,7 +74,7 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
     )
     addresses = [0 if output is None else output.data_ptr() for output in outputs]
     warps = quantize_tiles_staged.WARPS
-    ctas = batch * ceil_div(rows, quantize_tiles_staged.BAND) * kernel.groups(matrix)
+    ctas = batch * ceil_div(rows, warp_tiles.BAND) * kernel.groups(matrix)
     for cta, which in itertools.product(range(ctas), range(warps)):
         warp = simt.Warp(ORDERS[order])
         memory = simt.Memory(warp)
@@ -83,10 +84,10 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
                 memory.add(tensor.data_ptr(), len(content), content)
         span = 2 * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)))
         memory.add(x.data_ptr(), span, simt.of_tensor(x.as_strided((span // 2,), (1,))))
-        shared = simt.Shared(warp, warps * quantize_tiles_staged.BYTES)
+        shared = simt.Shared(warp, warps * warp_tiles.BYTES)
         shared.source = memory
         ptx = simt.ptx_of(warp, memory)
-        for module in (contract, filtered, filtered_tiles, quantize_tiles_staged):
+        for module in (contract, filtered, filtered_tiles, quantize_tiles_staged, warp_tiles):
             monkeypatch.setattr(module, "ptx", ptx)
         replaced = {
             "shared": shared,
@@ -102,8 +103,9 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
                 alloc_smem=lambda kind, size, alignment: 0,
             ),
         }
-        for name, value in replaced.items():
-            monkeypatch.setattr(quantize_tiles_staged, name, value)
+        for module, name in itertools.product((quantize_tiles_staged, warp_tiles), replaced):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, replaced[name])
         exponents = simt.u32(host_quantize_filtered.HALF_EXPONENTS)
         pointers = [amax.data_ptr() for amax in amaxes]
         warp.run(lambda lane: bound["kernel"](matrix, *pointers, *addresses, exponents))
@@ -209,7 +211,7 @@ def moved(at, words, store):
 
 
 MUTANTS = {
-    "no barrier after the copies": ("wait", lambda: quantize_tiles_staged.shared.wait_copies()),
+    "no barrier after the copies": ("wait", lambda: warp_tiles.shared.wait_copies()),
     "too few rows": ("ROWS", 16),
     "another chunk": ("COLS", 128),
 }
@@ -217,7 +219,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_comparison_sees(monkeypatch, mutant):
-    monkeypatch.setattr(quantize_tiles_staged, *MUTANTS[mutant])
+    monkeypatch.setattr(warp_tiles, *MUTANTS[mutant])
     x = matrix(40, 88)
     with pytest.raises(AssertionError):
         check(monkeypatch, x, 4.0, 4.0)
