@@ -12,7 +12,7 @@ That is half way to either orientation (`row_words`, `column_words`).
 
 from typing import Any, NamedTuple
 
-from fos_compile.kernels.cute import filtered, ptx
+from fos_compile.kernels.cute import conversions, filtered, ptx
 from fos_compile.kernels.cute.contract import EXPONENT, MIDRANGE, Tensor
 from fos_compile.kernels.cute.filtered import Choice
 
@@ -154,26 +154,44 @@ def signs_of(choice: Choice) -> Any:
 
 
 def codes(upper: list[Any], lower: list[Any], inverse: Any, signs: Any) -> list[Any]:
-    """Codes of two rows of 16 packed bf16 without -0, |x| * inverse at most 6.9.
+    """Codes of two rows of 16 packed bf16, |x| * inverse at most 6.9.
+
+    The rows are of `filtered.without_negative_zeros`.
 
     Returns:
         Four words of bytes, a byte a column: columns 0, 2, 4, 6, then 1, 3, 5, 7, then the same
         of the other eight.
     """
+    make = _converted if conversions.has_e2m1() else _computed
+    return [
+        word for half in (0, 4) for word in make(upper[half:][:4], lower[half:][:4], inverse, signs)
+    ]
+
+
+def _converted(upper: list[Any], lower: list[Any], inverse: Any, _signs: Any) -> list[Any]:
+    """Eight columns by an instruction; an inverse of 0 leaves no sign."""
+    numbers = [
+        number
+        for above, below in zip(upper, lower, strict=True)
+        for pair in zip(_numbers(above), _numbers(below), strict=True)
+        for number in pair
+    ]
+    scaled = [ptx.fma(number, inverse, 0.0) for number in numbers]  # adding 0 makes -0 positive
+    return [ptx.e2m1x8(*(scaled[i] for i in range(16) if i >> 1 & 1 == side)) for side in (0, 1)]
+
+
+def _computed(upper: list[Any], lower: list[Any], inverse: Any, signs: Any) -> list[Any]:
     factor = ptx.mul(inverse, 2.0**filtered.CODE_SHIFT)
-    words = []
-    for half in (slice(0, 4), slice(4, 8)):
-        bytes_ = [
-            _code(a, factor) + (_code(b, factor) << 4)
-            for word_a, word_b in zip(upper[half], lower[half], strict=True)
-            for a, b in zip(_numbers(word_a), _numbers(word_b), strict=True)
-        ]
-        for side, above, below in zip(
-            (0, 1), _signs(upper[half]), _signs(lower[half]), strict=True
-        ):
-            word = _gather(bytes_[side::2])
-            words.append(word | (above & signs) | (below & (signs << 4)))
-    return words
+    bytes_ = [
+        _code(a, factor) + (_code(b, factor) << 4)
+        for above, below in zip(upper, lower, strict=True)
+        for a, b in zip(_numbers(above), _numbers(below), strict=True)
+    ]
+    masks = zip(_negative(upper), _negative(lower), strict=True)
+    return [
+        _gather(bytes_[side::2]) | (above & signs) | (below & (signs << 4))
+        for side, (above, below) in enumerate(masks)
+    ]
 
 
 def _numbers(word: Any) -> tuple[Any, Any]:
@@ -194,7 +212,7 @@ def _gather(registers: list[Any]) -> Any:
     return ptx.prmt(ptx.prmt(a, b, 0x0040), ptx.prmt(c, d, 0x0040), 0x5410)
 
 
-def _signs(words: list[Any]) -> tuple[Any, Any]:
+def _negative(words: list[Any]) -> tuple[Any, Any]:
     """Bytes of 0xff where an even column of four words is negative, and the same of odd ones."""
     # Selectors with bit 3 repeat the sign of a byte.
     left, right = ptx.prmt(words[0], words[1], 0xFBD9), ptx.prmt(words[2], words[3], 0xFBD9)

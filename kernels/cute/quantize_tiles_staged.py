@@ -19,7 +19,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute
 from cutlass.cute import arch
 
-from fos_compile.kernels.cute import contract, filtered_tiles, ptx, shared, warp_tiles
+from fos_compile.kernels.cute import contract, filtered, filtered_tiles, ptx, shared, warp_tiles
 from fos_compile.kernels.cute.host_quantize_tiles_staged import CTAS_PER_SM, THREADS
 
 WARPS = THREADS // 32
@@ -211,7 +211,7 @@ class QuantizeTilesStaged:
         if cutlass.const_expr(self.col):
             if not exists and col_wanted != 0:
                 # Zeros for columns that do not exist, beside those that do.
-                if here.left < cute.ceil_div(x.shape[2], 128) * 128:
+                if (here.left & warp_tiles.COLS) != 0 and here.left - warp_tiles.COLS < x.shape[2]:
                     for unit in cutlass.range(units):
                         at = here.top // warp_tiles.UNIT + unit
                         warp_tiles.flush_scales_col(
@@ -254,14 +254,8 @@ class QuantizeTilesStaged:
         for k in cutlass.range_constexpr(4):
             lower[k] = Uint32(0)
         for pair in cutlass.range(filtered_tiles.ROWS // 2, unroll=1):
-            a = [
-                ptx.clear_negative_zeros_bf16x2(word)
-                for word in warp_tiles.load_row(mine, pair * 2)
-            ]
-            b = [
-                ptx.clear_negative_zeros_bf16x2(word)
-                for word in warp_tiles.load_row(mine, pair * 2 + 1)
-            ]
+            a = filtered.without_negative_zeros(warp_tiles.load_row(mine, pair * 2))
+            b = filtered.without_negative_zeros(warp_tiles.load_row(mine, pair * 2 + 1))
             codes = filtered_tiles.codes(a, b, choice.inverse, signs)
             for k in cutlass.range_constexpr(4):
                 upper[k] = lower[k]

@@ -21,7 +21,7 @@ import ptx_model
 LANES = 32
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """Another lane failed."""
 
 

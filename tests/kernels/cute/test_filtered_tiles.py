@@ -1,4 +1,4 @@
-"""`filtered_tiles`, the fast choice for 2D tiles and codes of both orientations, on the numpy model.
+"""`filtered_tiles`, the fast choice for 2D tiles and codes both ways, on the numpy model of PTX.
 
 Under test: a tile that it does not call `near` has the bits of the reference in both orientations.
 """
@@ -13,17 +13,28 @@ import ptx_model
 from fos_compile.kernels import formats
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
-from fos_compile.kernels.cute import contract, filtered, filtered_tiles, host_quantize_filtered
+from fos_compile.kernels.cute import (
+    contract,
+    conversions,
+    filtered,
+    filtered_tiles,
+    host_quantize_filtered,
+)
 
 TILES = 1 << 10
 """128 warps of 32 rows x 64 columns."""
 
 
 @pytest.fixture(autouse=True)
-def model(monkeypatch):
+def model(monkeypatch, request):
     ptx_model.install(monkeypatch, contract, filtered, filtered_tiles)
-    with np.errstate(all="ignore"):
+    arch = getattr(request, "param", "sm_90a")
+    with np.errstate(all="ignore"), conversions.target(arch):
         yield
+
+
+both_conversions = pytest.mark.parametrize("model", ["sm_90a", "sm_100a"], indirect=True)
+"""E2M1 by arithmetic, and by an instruction."""
 
 
 def gaussian(generator):
@@ -144,7 +155,7 @@ def nibbles(words, lanes):
 
 def encode(rows, choice):
     """Codes [warps, 32, 4, 16] by way of rows and by way of columns."""
-    cleared = [[ptx_model.clear_negative_zeros_bf16x2(word) for word in row] for row in rows]
+    cleared = [filtered.without_negative_zeros(row) for row in rows]
     signs = filtered_tiles.signs_of(choice)
     pairs = [
         filtered_tiles.codes(cleared[i], cleared[i + 1], choice.inverse, signs) for i in (0, 2)
@@ -202,9 +213,10 @@ def amaxes(most):
     return most, most * 1.01, most * 1.7, most * 40, most / 3
 
 
+@both_conversions
 @pytest.mark.parametrize("rule", ["mse", "static_6"])
 @pytest.mark.parametrize("make", DATA)
-def test_wrong_only_where_it_says_so(make, rule):
+def test_wrong_only_where_it_says_so(model, make, rule):
     tiles = make(torch.Generator().manual_seed(0)).bfloat16()
     for amax in amaxes(float(tiles.abs().max())):
         wrong, near = quantize(tiles, amax, rule)

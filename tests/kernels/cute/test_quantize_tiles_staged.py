@@ -1,26 +1,34 @@
-"""The kernel for 2D tiles: run on the CPU lane by lane, compiled for every architecture, launched."""
+"""The kernel for 2D tiles: on the CPU lane by lane, compiled for every architecture, launched."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import sys
 import types
 
 import pytest
 import torch
 
+import cubins
+import cute_cases
 import simt
-from fos_compile.kernels import QUANTIZE
+import stand_ins
+from cute_cases import LAYOUTS
+from fos_compile.kernels import QUANTIZE, QUANTIZE_PAIR, cuda
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
+pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is installed on Linux only")
 from fos_compile.kernels.cute import (
+    build,
     contract,
-    filtered,
-    filtered_tiles,
     host_quantize_filtered,
+    layout,
     quantize_tiles_staged,
     warp_tiles,
 )
+from fos_compile.kernels.cute import host_quantize_tiles_staged as host
+from fos_compile.kernels.cute.tables import TABLES
 
 ORDERS = {"up": range(simt.LANES), "down": range(simt.LANES)[::-1]}
 
@@ -28,6 +36,12 @@ ORDERS = {"up": range(simt.LANES), "down": range(simt.LANES)[::-1]}
 def plain(owner):
     """Functions as they are written, not as the DSL reads them."""
     return {name: f.__wrapped__ for name, f in vars(owner).items() if hasattr(f, "__wrapped__")}
+
+
+def arithmetic():
+    """All modules that compute with `ptx`, however the arithmetic is divided among them."""
+    ours = [name for name in sys.modules if name.startswith("fos_compile.kernels.cute.")]
+    return [sys.modules[name] for name in ours if hasattr(sys.modules[name], "ptx")]
 
 
 def ceil_div(a, b):
@@ -72,7 +86,8 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
         stride=tuple(x.stride()),
         iterator=types.SimpleNamespace(toint=x.data_ptr),
     )
-    addresses = [0 if output is None else output.data_ptr() for output in outputs]
+    addresses = [0 if given is None else given.data_ptr() for given in (*amaxes, *outputs)]
+    exponents = simt.u32(host_quantize_filtered.HALF_EXPONENTS)
     warps = quantize_tiles_staged.WARPS
     ctas = batch * ceil_div(rows, warp_tiles.BAND) * kernel.groups(matrix)
     for cta, which in itertools.product(range(ctas), range(warps)):
@@ -87,7 +102,7 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
         shared = simt.Shared(warp, warps * warp_tiles.BYTES)
         shared.source = memory
         ptx = simt.ptx_of(warp, memory)
-        for module in (contract, filtered, filtered_tiles, quantize_tiles_staged, warp_tiles):
+        for module in arithmetic():
             monkeypatch.setattr(module, "ptx", ptx)
         replaced = {
             "shared": shared,
@@ -106,9 +121,7 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
         for module, name in itertools.product((quantize_tiles_staged, warp_tiles), replaced):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replaced[name])
-        exponents = simt.u32(host_quantize_filtered.HALF_EXPONENTS)
-        pointers = [amax.data_ptr() for amax in amaxes]
-        warp.run(lambda lane: bound["kernel"](matrix, *pointers, *addresses, exponents))
+        warp.run(lambda lane: bound["kernel"](matrix, *addresses, exponents))
         conflicts |= shared.conflicts()
     return outputs, conflicts
 
@@ -202,24 +215,157 @@ def test_reads_nothing_beside_a_view(monkeypatch):
     check(monkeypatch, x, 4.0, 4.0)
 
 
-def swapped(function):
-    return lambda a, b, *rest: function(b, a, *rest)
+def forgets(name):
+    """A kernel in which a step is missing."""
+    return quantize_tiles_staged.QuantizeTilesStaged, name, lambda *_: None
 
 
-def moved(at, words, store):
-    return store(at ^ 16, words)
+def unswizzled(mine, i):
+    """As if rows r and r + 4 lay alike."""
+    return LOAD_ROW(mine ^ (mine >> 5 & 16), i)
 
 
+LOAD_ROW, STORE_COLUMNS = warp_tiles.load_row, warp_tiles.store_columns
 MUTANTS = {
-    "no barrier after the copies": ("wait", lambda: warp_tiles.shared.wait_copies()),
-    "too few rows": ("ROWS", 16),
-    "another chunk": ("COLS", 128),
+    "no barrier after the copies": (
+        warp_tiles,
+        "wait",
+        lambda: warp_tiles.shared.wait_copies(),
+    ),
+    "no wait": (warp_tiles, "wait", lambda: warp_tiles.arch.sync_warp()),
+    "undecided tiles as they are": forgets("finish"),
+    "another tile's rows": (warp_tiles, "load_row", unswizzled),
+    "the other half of a sector": (
+        warp_tiles,
+        "store_columns",
+        lambda at, words, part, lane: STORE_COLUMNS(at, words, 1 - part, lane),
+    ),
+    "scales of one row less": (warp_tiles, "BAND", 127),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_comparison_sees(monkeypatch, mutant):
-    monkeypatch.setattr(warp_tiles, *MUTANTS[mutant])
-    x = matrix(40, 88)
+    """Each of these mistakes is a race, or gives other bits."""
+    owner, name, value = MUTANTS[mutant]
+    monkeypatch.setattr(owner, name, value)
+    x = undecided(50, 80)
+    x[3, 5] = float("inf")
     with pytest.raises(AssertionError):
-        check(monkeypatch, x, 4.0, 4.0)
+        check(monkeypatch, x, 6.0, 6.0)
+
+
+def test_bank_conflicts_are_seen():
+    shared = simt.Shared(simt.Warp(), 4096)
+
+    def lane(_):
+        shared.load_v4(simt.u32(shared.warp.lane * 128))
+
+    shared.warp.run(lane)
+    assert shared.conflicts() == {"load"}
+
+
+def keys():
+    """Every key of the kernel, by its sides and rule."""
+    found = {}
+    for op in ("quantize", "quantize_pair"):
+        for entry in TABLES[op]:
+            if entry.name != "quantize_tiles_staged":
+                continue
+            for chosen in itertools.product(*entry.options.values()):
+                key = entry.key(torch.bfloat16, chosen)
+                options = dict(key.options)
+                side = {True: "col", False: "row", None: "both"}[options.get("by_column")]
+                found[f"{side}-{options['scale_rule']}"] = key
+    return found
+
+
+KEYS = keys()
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a", "sm_103a", "sm_120a"])
+@pytest.mark.parametrize("name", KEYS)
+def test_fits_in_its_registers(tmp_path, name, arch):
+    compiled = build.compiled(KEYS[name], arch, f"--keep-ptx --keep-cubin --dump-dir {tmp_path}")
+    ptx = compiled.__ptx__
+    assert f".minnctapersm {host.CTAS_PER_SM}" in ptx and f".reqntid {host.THREADS}" in ptx
+    assert ("stmatrix" in ptx) is (not name.startswith("row"))
+    assert ("cvt.rn.satfinite.e2m1x2.f32" in ptx) is (arch != "sm_90a")
+    assert "cp.async.cg.shared.global" in ptx and ".local" not in ptx
+    found = cubins.attributes(compiled.__cubin__)
+    assert set(found[cubins.FRAME]) == set(found[cubins.STACK]) == {0}, "a frame would be a spill"
+    # Registers are handed out to warps in units of 8 a thread.
+    most = 65536 // (host.THREADS * host.CTAS_PER_SM) // 8 * 8
+    assert max(found[cubins.REGISTERS]) <= most
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    found = stand_ins.install(monkeypatch)
+    with stand_ins.guarded():
+        yield found
+
+
+ROW, COL = torch.tensor(3.0), torch.tensor(7.0)
+
+
+def same(actual, expected):
+    return all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        for a, b in zip(actual, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pairs_are_launched(kernels, name):
+    x = cute_cases.matrix(name, torch.bfloat16)
+    for rule in ("mse", "static_6"):
+        options = {"block": "2d", "scale_rule": rule}
+        actual = cuda.cuda_quantize_pair(x, ROW, COL, **options)
+        assert same(actual, QUANTIZE_PAIR.reference(x, ROW, COL, **options))
+    served = kernels.names() == ["quantize_tiles_staged"] * 2
+    assert served is (not layout.vector(x))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_one_orientation_is_launched(kernels, name, transpose):
+    x = cute_cases.matrix(name, torch.bfloat16)
+    options = {"block": "2d", "transpose": transpose}
+    assert same(cuda.cuda_quantize(x, ROW, **options), QUANTIZE.reference(x, ROW, **options))
+    served = kernels.names() == ["quantize_tiles_staged"]
+    assert served is (not layout.vector(x) or not layout.vector(x.mT))
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (5, 0), (0, 128, 64), (2, 0, 64)])
+def test_nothing_to_do(kernels, shape):
+    x = torch.empty(shape).bfloat16()
+    expected = QUANTIZE_PAIR.reference(x, ROW, COL, block="2d")
+    assert same(cuda.cuda_quantize_pair(x, ROW, COL, block="2d"), expected)
+    assert same(cuda.cuda_quantize(x, ROW, block="2d"), expected[:2])
+    assert not kernels.launched
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rounding": "stochastic"}, {"rht": True}, {"scale_rule": "mae"}, {"block": "1d"}],
+    ids=str,
+)
+def test_other_options_go_elsewhere(kernels, options):
+    x = cute_cases.matrix("rows", torch.bfloat16)
+    options = {"block": "2d", **options}
+    seed = torch.ones(1, dtype=torch.int64)
+    actual = cuda.cuda_quantize(x, ROW, seed, **options)
+    assert same(actual, QUANTIZE.reference(x, ROW, seed, **options))
+    assert "quantize_tiles_staged" not in kernels.names()
+
+
+def test_the_host_calls_what_it_compiles():
+    """The number, order and types of arguments: the compiled code looks at x last of all."""
+    x = torch.empty(16, 64).bfloat16()
+    for name, key in KEYS.items():
+        kernel = build.load(key, build.object_file(key, "sm_90a"))
+        given = x.mT if name.startswith("col") else x
+        launch = host.prepare(kernel, 132, key, given)
+        with pytest.raises(ValueError, match="device_type=cuda"):
+            launch(given, ROW, COL, None, 0)
