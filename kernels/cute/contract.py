@@ -11,11 +11,13 @@ import cutlass
 from cutlass import Uint32, cute
 
 from fos_compile.kernels import formats
-from fos_compile.kernels.cute import conversions, ptx
+from fos_compile.kernels.cute import conversions, hadamard, pairs, ptx
 
 EXPONENT = 0x7F800000
 FLOAT32_MAX = 3.4028234663852886e38
 AMAX_MIN = 2.0**-116
+rotate = hadamard.rotate
+rotate_across = hadamard.rotate_across
 
 
 class Rules(NamedTuple):
@@ -56,6 +58,9 @@ class Division(NamedTuple):
     """How to divide: by IEEE instructions, or faster where nothing is subnormal."""
 
     quotient: Any
+    """Of a number and a constant."""
+    quotients: Any
+    """Of a pair of numbers and a constant."""
     reciprocal: Any
 
 
@@ -65,14 +70,24 @@ def _markstein(a: Any, divisor: float) -> Any:
     return ptx.fma(ptx.fma(q, -divisor, a), reciprocal, q)
 
 
+def _marksteins(a: pairs.Pair, divisor: float) -> pairs.Pair:
+    reciprocal = pairs.twice(1.0 / divisor)
+    q = pairs.mul(a, reciprocal)
+    return pairs.fma(pairs.fma(q, pairs.twice(-divisor), a), reciprocal, q)
+
+
 def _newton(t: Any) -> Any:
     r = ptx.rcp_approx(t)
     return ptx.fma(r, ptx.fma(ptx.negative(t), r, 1.0), r)
 
 
-IEEE = Division(quotient=lambda a, b: ptx.div(a, b), reciprocal=lambda t: ptx.rcp(t))
+IEEE = Division(
+    quotient=lambda a, b: ptx.div(a, b),
+    quotients=lambda a, b: (ptx.div(a[0], b), ptx.div(a[1], b)),
+    reciprocal=lambda t: ptx.rcp(t),
+)
 """Correctly rounded everywhere."""
-MIDRANGE = Division(quotient=_markstein, reciprocal=_newton)
+MIDRANGE = Division(quotient=_markstein, quotients=_marksteins, reciprocal=_newton)
 """The same bits where arguments, results, remainders are normal: for an amax in MIDRANGE_AMAX."""
 MIDRANGE_AMAX = (2.0**-40, 2.0**60)
 
@@ -107,7 +122,7 @@ def quantize_either(
 
 
 def quantize(
-    values: list[Any], tensor: Tensor, rules: Rules, dice: list[Any] | None, by: Division = IEEE
+    values: list[Any], tensor: Tensor, rules: Rules, dice: Any, by: Division = IEEE
 ) -> tuple[list[Any], Any]:
     """Codes of a block, eight nibbles a word, and its scale byte.
 
@@ -116,9 +131,12 @@ def quantize(
             the 16 numbers of this thread's column.
         tensor: of `tensor_of`; unused for mxfp4.
         rules: static options.
-        dice: offsets u in (0, 1), an element each; None for nearest.
+        dice: offsets u in (0, 1), an element each, or a function that makes them when they are
+            needed; None for nearest.
         by: how to divide.
     """
+    if callable(dice) and rules.rounding == "stochastic_realized":
+        dice = dice()
     mags = [ptx.absolute(value) for value in values]
     peak = mags[0]
     for mag in mags[1:]:
@@ -139,7 +157,10 @@ def quantize(
         shown = live
     finite = ptx.where_below(worst, EXPONENT, 1, 0)
     shown = ptx.where_nonzero(finite, shown, 0)
-    words = [ptx.where_nonzero(shown, word, 0) for word in _codes(values, inverse, dice)]
+    words = [
+        ptx.where_nonzero(shown, word, 0)
+        for word in _codes(values, inverse, dice() if callable(dice) else dice)
+    ]
     return words, ptx.where_nonzero(finite, live, nan_scale)
 
 
@@ -148,7 +169,8 @@ def _codes(values: list[Any], inverse: Any, dice: list[Any] | None) -> list[Any]
     words = []
     if dice is None and conversions.has_e2m1():
         # Adding 0 makes -0 positive, and nothing else.
-        scaled = [ptx.fma(value, inverse, 0.0) for value in values]
+        by, zero = pairs.twice(inverse), pairs.twice(0.0)
+        scaled = [y for pair in pairs.of(values) for y in pairs.fma(pair, by, zero)]
         return [ptx.e2m1x8(*scaled[start : start + 8]) for start in range(0, len(values), 8)]
     magnitudes = _round([ptx.mul(ptx.absolute(value), inverse) for value in values], dice)
     for start in range(0, len(values), 8):
@@ -208,26 +230,29 @@ def _error(
     by: Division,
 ) -> Any:
     """Error of a candidate over the block (docs/contract.md section 4)."""
-    terms = []
-    for i, mag in enumerate(mags):
-        y = ptx.mul(mag, inverse)
-        if rules.rounding in ("nearest", "stochastic_realized"):
-            (q,) = _round([y], None if dice is None else [dice[i]])
-            v = ptx.mul(ptx.mul(q, scale), tensor.amax)
-            d = ptx.sub(by.quotient(v, rules.qs), mag)
-            terms.append(ptx.mul(d, d) if rules.scale_rule == "mse" else ptx.absolute(d))
-        else:
-            terms.append(_expected(y, rules.scale_rule))
+    realized = rules.rounding in ("nearest", "stochastic_realized")
+    terms: list[Any] = []
+    for i, pair in enumerate(pairs.of(mags)):
+        ys = pairs.mul(pair, pairs.twice(inverse))
+        if not realized:
+            terms += [_expected(y, rules.scale_rule) for y in ys]
+            continue
+        q = _round(ys, None if dice is None else dice[2 * i : 2 * i + 2])
+        v = pairs.mul(pairs.mul(q, pairs.twice(scale)), pairs.twice(tensor.amax))
+        d = pairs.sub(by.quotients(v, rules.qs), pair)
+        terms += pairs.mul(d, d) if rules.scale_rule == "mse" else map(ptx.absolute, d)
     error = _combine(terms, rules)
-    if rules.rounding in ("nearest", "stochastic_realized"):
+    if realized:
         return error
     error = ptx.mul(error, ptx.mul(scale, scale) if rules.scale_rule == "mse" else scale)
     return ptx.real(ptx.where_nonzero(ptx.bits(scale), ptx.bits(error), EXPONENT))
 
 
-def _round(ys: list[Any], dice: list[Any] | None) -> list[Any]:
-    """Scaled magnitudes to E2M1 magnitudes, saturating at 6."""
+def _round(ys: Any, dice: list[Any] | None) -> Any:
+    """Scaled magnitudes, an even number, to E2M1 magnitudes, saturating at 6."""
     if dice is None:
+        if conversions.has_e2m1():
+            return [q for pair in pairs.of(ys) for q in ptx.widen(ptx.through_e2m1x2(*pair))]
         return [_nearest(y) for y in ys]
     rounded = []
     for y, u in zip(ys, dice, strict=True):
@@ -344,50 +369,6 @@ def offsets(words: list[Any]) -> list[Any]:
     ]
 
 
-def rotate(values: list[Any], to_dtype: Any) -> list[Any]:
-    """Random Hadamard transform of a thread's 16 float32, each result rounded by `to_dtype`."""
-    v = [x if sign == "+" else ptx.negative(x) for x, sign in zip(values, SIGNS, strict=True)]
-    for half in (1, 2, 4, 8):
-        for i in range(0, 16, 2):
-            if half == 1:
-                v[i], v[i + 1] = ptx.add(v[i], v[i + 1]), ptx.sub(v[i], v[i + 1])
-            elif not i & half:
-                low, high = (v[i], v[i + 1]), (v[i + half], v[i + half + 1])
-                v[i : i + 2], v[i + half : i + half + 2] = _sum_and_difference(low, high)
-    return [to_dtype(x) for x in _quarters(v)]
-
-
-def _sum_and_difference(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-    if conversions.has_f32x2():
-        return ptx.add_x2(a, b), ptx.sub_x2(a, b)
-    added = [ptx.add(x, y) for x, y in zip(a, b, strict=True)]
-    return added, [ptx.sub(x, y) for x, y in zip(a, b, strict=True)]
-
-
-def _quarters(values: list[Any]) -> list[Any]:
-    if not conversions.has_f32x2():
-        return [ptx.mul(x, 0.25) for x in values]
-    pairs = zip(values[::2], values[1::2], strict=True)
-    return [x for pair in pairs for x in ptx.mul_x2(pair, (0.25, 0.25))]
-
-
-def rotate_across(values: list[Any], to_dtype: Any) -> list[Any]:
-    """The same for groups of 16 neighbouring threads, for each of the values of a thread."""
-    lane = ptx.lane()
-    minus = sum(1 << i for i, sign in enumerate(SIGNS) if sign == "-")
-    flip = ((ptx.u32(minus) >> (lane & 15)) & 1) << 31
-    rotated = []
-    for value in values:
-        v = ptx.real(ptx.bits(value) ^ flip)
-        for half in (1, 2, 4, 8):
-            other = ptx.shuffle_xor(v, half)
-            # The upper of two threads takes other - v.
-            upper = (lane & half) << (31 - half.bit_length() + 1)
-            v = ptx.add(other, ptx.real(ptx.bits(v) ^ upper))
-        rotated.append(to_dtype(ptx.mul(v, 0.25)))
-    return rotated
-
-
 def transpose_bits(words: list[Any], width: int) -> list[Any]:
     """Transpose a 16x16 matrix of `width` bits held one row a thread by 16 neighbouring threads.
 
@@ -419,6 +400,3 @@ def transpose_bits(words: list[Any], width: int) -> list[Any]:
             new.append((word & mine) | (moved & ~mine))
         words = new
     return words
-
-
-SIGNS = "+++-+------+-+--"

@@ -28,7 +28,7 @@ another reason, since q is then not nearest to what d is measured from (3.4% of 
 
 from typing import Any, NamedTuple
 
-from fos_compile.kernels.cute import conversions, ptx
+from fos_compile.kernels.cute import conversions, pairs, ptx
 from fos_compile.kernels.cute.contract import EXPONENT, MIDRANGE, Tensor
 
 HALF_512 = 0x60006000
@@ -168,9 +168,10 @@ def codes(words: list[Any], inverse: Any) -> tuple[Any, Any]:
 
 
 def _converted(words: list[Any], inverse: Any) -> Any:
-    halves = [half for w in words for half in (w << 16, w & ptx.u32(0xFFFF0000))]
+    by, zero = pairs.twice(inverse), pairs.twice(0.0)
     # Adding 0 makes -0 positive, and nothing else.
-    return ptx.e2m1x8(*(ptx.fma(ptx.real(half), inverse, 0.0) for half in halves))
+    both = [(ptx.real(w << 16), ptx.real(w & ptx.u32(0xFFFF0000))) for w in words]
+    return ptx.e2m1x8(*(y for pair in both for y in pairs.fma(pair, by, zero)))
 
 
 def _word(words: list[Any], factor: Any) -> Any:

@@ -142,12 +142,16 @@ def real(a: Any) -> Any:
 # Pairs of float32 (sm_100 and up: `conversions.has_f32x2`)
 
 
-def _emit_x2(name: str, a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-    code = (
-        "{ .reg .b64 a, b; mov.b64 a, {{$r0}, {$r1}}; mov.b64 b, {{$r2}, {$r3}}; "
-        f"{name}.rn.f32x2 a, a, b; mov.b64 {{{{$w0}}, {{$w1}}}}, a; }}"
+def _emit_x2(name: str, *pairs: tuple[Any, Any]) -> tuple[Any, Any]:
+    names = "abc"[: len(pairs)]
+    packs = " ".join(
+        f"mov.b64 {each}, {{{{$r{2 * i}}}, {{$r{2 * i + 1}}}}};" for i, each in enumerate(names)
     )
-    operands = [register(each) for each in (*a, *b)]
+    code = (
+        f"{{ .reg .b64 {', '.join(names)}; {packs} "
+        f"{name}.rn.f32x2 a, {', '.join(names)}; mov.b64 {{{{$w0}}, {{$w1}}}}, a; }}"
+    )
+    operands = [register(each) for pair in pairs for each in pair]
     return arch.inline_ptx(code, write_only_types=[Float32, Float32], read_only_args=operands)
 
 
@@ -164,6 +168,11 @@ def sub_x2(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
 def mul_x2(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
     """a * b of each, one rounding."""
     return _emit_x2("mul", a, b)
+
+
+def fma_x2(a: tuple[Any, Any], b: tuple[Any, Any], c: tuple[Any, Any]) -> tuple[Any, Any]:
+    """a * b + c of each, one rounding."""
+    return _emit_x2("fma", a, b, c)
 
 
 # Two float16 in a 32-bit register
@@ -306,6 +315,17 @@ def e2m1x8(*numbers: Any) -> Any:
     )
     code = f"{{ .reg .b8 b0, b1, b2, b3; {pairs} mov.b32 {{$w0}}, {{b0, b1, b2, b3}}; }}"
     return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=list(numbers))
+
+
+def through_e2m1x2(low: Any, high: Any) -> Any:
+    """Two float32, rounded to nearest even E2M1 and saturated at 6, as two float16.
+
+    Two instructions, where `e2m1x8` is in hardware.
+    """
+    code = (
+        "{ .reg .b8 t; cvt.rn.satfinite.e2m1x2.f32 t, {$r1}, {$r0}; cvt.rn.f16x2.e2m1x2 {$w0}, t; }"
+    )
+    return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[low, high])
 
 
 def from_e4m3x2(a: Any) -> Any:

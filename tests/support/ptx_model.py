@@ -66,6 +66,10 @@ def mul_x2(a, b):
     return tuple(map(mul, a, b))
 
 
+def fma_x2(a, b, c):
+    return tuple(map(fma, a, b, c))
+
+
 def div(a, b):
     return _f32(a) / _f32(b)
 
@@ -257,15 +261,26 @@ def e5m2x4(*numbers):
     return bytes_.view(torch.uint8).numpy().view(U32)[..., 0]
 
 
+def _round_e2m1(number: np.ndarray) -> np.ndarray:
+    """With its sign; NaN becomes 6 (PTX ISA: cvt.satfinite to a type without NaN)."""
+    y = np.where(np.isnan(number), F32(np.inf), np.abs(number))
+    step = np.where(y < 2, F32(0.5), np.where(y < 4, F32(1), F32(2)))
+    q = np.minimum(np.rint(y / step) * step, F32(6))  # ties to even multiples of a step
+    return np.where(np.signbit(number) & ~np.isnan(number), -q, q)
+
+
 def e2m1x8(*numbers):
     word = U32(0)
-    for i, number in enumerate(map(_f32, numbers)):
-        y = np.abs(number)
-        step = np.where(y < 2, F32(0.5), np.where(y < 4, F32(1), F32(2)))
-        q = np.minimum(np.rint(y / step) * step, F32(6))  # ties to even multiples of a step
+    for i, number in enumerate(numbers):
+        rounded = _round_e2m1(_f32(number))
+        q = np.abs(rounded)
         code = np.where(q < 2, q * 2, np.where(q < 4, q + 2, q / 2 + 4)).astype(U32)
-        word = word | ((code | (np.signbit(number).astype(U32) << U32(3))) << U32(4 * i))
+        word = word | ((code | (np.signbit(rounded).astype(U32) << U32(3))) << U32(4 * i))
     return word
+
+
+def through_e2m1x2(low, high):
+    return half2(_round_e2m1(_f32(low)), _round_e2m1(_f32(high)))
 
 
 def from_e4m3x2(a):
@@ -295,7 +310,13 @@ def shuffle_xor(a, distance):
 
 
 def install(monkeypatch: Any, *modules: types.ModuleType) -> None:
-    """Make `modules` compute with this model."""
+    """Make `modules`, and those of ours that they compute with, compute with this model."""
     model = __import__(__name__)
     for module in modules:
-        monkeypatch.setattr(module, "ptx", model)
+        if getattr(module, "ptx", model) is not model:
+            monkeypatch.setattr(module, "ptx", model)
+            install(monkeypatch, *(each for each in vars(module).values() if _is_ours(each)))
+
+
+def _is_ours(thing: Any) -> bool:
+    return isinstance(thing, types.ModuleType) and thing.__name__.startswith("fos_compile.")

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import re
-import struct
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
+import cubins
 from cute_cases import covering, valid
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
 pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is installed on Linux only")
 
 from fos_compile.kernels import formats
-from fos_compile.kernels.cute import build, host_quantize_filtered
+from fos_compile.kernels.cute import (
+    build,
+    conversions,
+    host_quantize_filtered,
+    host_quantize_staged,
+    host_quantize_tiles_staged,
+)
 from fos_compile.kernels.cute.cache import KernelCache
 from fos_compile.kernels.cute.tables import NAMES, TABLES
 
 ARCHS = ("sm_90a", "sm_100a", "sm_103a", "sm_120a")
-REGISTERS, FRAME, STACK = 0x2F, 0x11, 0x12
-"""Attributes of a cubin's .nv.info section: (symbol, value) pairs."""
 
 
 def keys_of(op, dtypes, options):
     """Those of every kernel that serves these options."""
-    for dtype, chosen in itertools.product(dtypes, options):
+    for dtype, chosen in product(dtypes, options):
         for entry in TABLES[op]:
             if not entry.refuses(NAMES[op], dtype, chosen):
                 yield entry.key(dtype, chosen)
@@ -37,12 +41,14 @@ def keys_of(op, dtypes, options):
 def every_key():
     """The full product, each once."""
     quantizers = [tuple(options.values()) for options in valid()]
-    decoders = list(itertools.product(formats.FORMATS, (False, True), formats.DTYPES))
+    decoders = list(product(formats.FORMATS, (False, True), formats.DTYPES))
     found = [
         *keys_of("quantize", formats.DTYPES, quantizers),
         *keys_of("amax", formats.DTYPES, [(True,)]),
         *keys_of("dequantize", (torch.uint8,), decoders),
     ]
+    for entry in TABLES["quantize_pair"]:
+        found += [entry.key(torch.bfloat16, each) for each in product(*entry.options.values())]
     return list(dict.fromkeys(found))
 
 
@@ -82,61 +88,49 @@ def artifacts(tmp_path_factory):
     return made
 
 
-def _sections(elf):
-    """Name and content of the sections of a 64-bit ELF file."""
-    (at,) = struct.unpack_from("<Q", elf, 0x28)
-    size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
-    heads = [struct.unpack_from("<IIQQQQ", elf, at + i * size) for i in range(count)]
-    strings = heads[names][4]
-    for name, kind, _, _, offset, length in heads:
-        end = elf.index(b"\0", strings + name)
-        # Type 8 has no bytes in the file.
-        yield (
-            elf[strings + name : end].decode(),
-            b"" if kind == 8 else elf[offset : offset + length],
-        )
+def every(options, name):
+    """All values of an option: a pair has two of some."""
+    return {value for full, value in options.items() if full.partition("_")[0] == name}
 
 
-def _attributes(cubin):
-    """Values by attribute, of every function."""
-    (content,) = (content for name, content in _sections(cubin) if name == ".nv.info")
-    found, at = {}, 0
-    while at < len(content):
-        form, attribute, size = struct.unpack_from("<BBH", content, at)
-        at += 4
-        if form == 4:  # `size` bytes follow; else `size` is the value itself
-            if size == 8:
-                found.setdefault(attribute, []).append(struct.unpack_from("<II", content, at)[1])
-            at += size
-    return found
-
-
-def expected_instructions(key):
+def expected_instructions(key, arch):
     """Parts of the PTX that show the hardware at work, and those that must not be there."""
     options = dict(key.options)
     yes, no = set(), {".local", "div.full", "div.approx", "sqrt.", "tex."}
-    encodes = key.name.startswith("quantize") and options["format"] == "nvfp4"
+    quantizes = key.name.startswith("quantize")
+    encodes = quantizes and options["format"] == "nvfp4"
     decodes = key.name == "dequantize_blocks" and options["format"] == "nvfp4"
     (yes if encodes else no).add("cvt.rn.satfinite.e4m3x2.f32")
     (yes if encodes or decodes else no).add("cvt.rn.f16x2.e4m3x2")
-    random = options.get("rounding", "nearest") != "nearest"
-    (yes if random else no).add("mul.hi.u32")  # Philox
+    roundings = every(options, "rounding") if quantizes else set()
+    (yes if roundings - {"nearest"} else no).add("mul.hi.u32")  # Philox
+    staged = key.name.endswith("_staged")
     if options.get("vector"):
-        yes.add("ld.global.L1::evict_first.v4.b32")
-    if options.get("rht") or key.name == "amax_rotated":
+        yes.add("cp.async.cg.shared.global" if staged else "ld.global.L1::evict_first.v4.b32")
+    rotates = any(every(options, "rht")) or key.name == "amax_rotated"
+    if rotates:
         rounded = {"bfloat16": "cvt.rn.bf16.f32", "float16": "cvt.rn.f16.f32"}
         yes |= {rounded[key.dtype]} if key.dtype in rounded else set()
-        if key.name == "quantize_filtered":  # rounds in pairs
+        if staged or key.name == "quantize_filtered":  # rounds in pairs
             yes = yes - set(rounded.values()) | {"cvt.rn.bf16x2.f32"}
     if key.name == "amax_rotated":
         yes |= {"redux.sync.max.u32", "red.global.max.u32"}
-    if key.name == "quantize_tiles":
+    if key.name.startswith("quantize_tiles"):
         yes.add("shfl.sync.bfly.b32")
+    if key.name == "quantize_tiles_staged" and options.get("by_column", True):
+        yes.add("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16")
     if key.name == "dequantize_blocks":
         (yes if options["scaled"] else no).add("div.rn.f32")
         packed = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
         yes |= {packed[options["dtype"]]} if options["dtype"] in packed else set()
         yes.add("st.global.v4.b32")
+    with conversions.target(arch):
+        e2m1, f32x2 = conversions.has_e2m1(), conversions.has_f32x2()
+    (yes if e2m1 and "nearest" in roundings else no).add("cvt.rn.satfinite.e2m1x2.f32")
+    if not f32x2:
+        no.add(".f32x2")
+    elif rotates and key.name != "quantize_tiles":  # whose columns lie across threads
+        yes |= {"add.rn.f32x2", "sub.rn.f32x2", "mul.rn.f32x2"}
     return yes, no
 
 
@@ -144,19 +138,22 @@ def check(name, arch, artifacts):
     key = EVERY[name]
     ptx, cubin = artifacts(name, arch)
     assert re.search(rf"^\.target {arch}\b", ptx, re.MULTILINE)
-    yes, no = expected_instructions(key)
+    yes, no = expected_instructions(key, arch)
     assert not [part for part in yes if part not in ptx]
     assert not [part for part in no if part in ptx]
     threads = int(re.search(r"^\.reqntid (\d+)", ptx, re.MULTILINE)[1])
     ctas = re.search(r"^\.minnctapersm (\d+)", ptx, re.MULTILINE)
-    promised = 1
-    if key.name == "quantize_filtered":
-        promised = host_quantize_filtered.ctas_per_sm(dict(key.options)["vector"])
+    vector = bool(dict(key.options).get("vector"))
+    promised = {
+        "quantize_filtered": host_quantize_filtered.ctas_per_sm(vector),
+        "quantize_staged": host_quantize_staged.CTAS_PER_SM,
+        "quantize_tiles_staged": host_quantize_tiles_staged.CTAS_PER_SM,
+    }.get(key.name, 1)
     assert (int(ctas[1]) if ctas else 1) == promised
-    found = _attributes(cubin)
-    assert set(found[FRAME]) == set(found[STACK]) == {0}, "a frame would be a spill"
+    found = cubins.attributes(cubin)
+    assert set(found[cubins.FRAME]) == set(found[cubins.STACK]) == {0}, "a frame would be a spill"
     # Registers are handed out to warps in units of 8 a thread.
-    assert 16 <= max(found[REGISTERS]) <= min(255, 65536 // (threads * promised) // 8 * 8)
+    assert 16 <= max(found[cubins.REGISTERS]) <= min(255, 65536 // (threads * promised) // 8 * 8)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

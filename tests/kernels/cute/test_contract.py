@@ -13,7 +13,7 @@ import ptx_model
 from fos_compile.kernels import formats
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
-from fos_compile.kernels.cute import contract, conversions, dequantize_blocks
+from fos_compile.kernels.cute import contract, conversions, dequantize_blocks, hadamard
 
 SEED, STREAM = -1234567890123456789, 5
 ROUND_TO = {
@@ -192,7 +192,9 @@ EXPECTED, PHILOX, MUL_WIDE, OFFSETS = (
 )
 LEFT_TO_RIGHT = contract._left_to_right
 BY_RECIPROCAL = contract.Division(
-    quotient=lambda a, b: ptx_model.mul(a, ptx_model.rcp(b)), reciprocal=contract.IEEE.reciprocal
+    quotient=lambda a, b: ptx_model.mul(a, ptx_model.rcp(b)),
+    quotients=lambda a, b: ptx_model.mul_x2(a, (ptx_model.rcp(b), ptx_model.rcp(b))),
+    reciprocal=contract.IEEE.reciprocal,
 )
 MUTANTS = {
     "ties away from zero": (contract, "_nearest", ties_away),
@@ -208,7 +210,7 @@ MUTANTS = {
     "a fixed stream": (contract, "philox", lambda s, g, c: PHILOX(s, g, c * np.uint32(0))),
     "the words of the seed swapped": (contract, "philox", lambda s, g, c: PHILOX(s[::-1], g, c)),
     "bytes in another order": (contract, "offsets", lambda words: OFFSETS(words)[::-1]),
-    "a wrong sign of the transform": (contract, "SIGNS", "+++-+------+-+-+"),
+    "a wrong sign of the transform": (hadamard, "SIGNS", "+++-+------+-+-+"),
     "quotients by reciprocals": (contract, "IEEE", BY_RECIPROCAL),
 }
 
