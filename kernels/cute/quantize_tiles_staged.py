@@ -23,6 +23,24 @@ from fos_compile.kernels.cute import contract, filtered, filtered_tiles, ptx, sh
 from fos_compile.kernels.cute.host_quantize_tiles_staged import CTAS_PER_SM, THREADS
 
 WARPS = THREADS // 32
+ROW, COL = 1, 2
+"""Bits of orientations."""
+NOTHING = 32
+"""No tile: there are 32."""
+
+
+class Corner(NamedTuple):
+    """A 2D tile as it is quantized: if `is_col`, rows are columns of x."""
+
+    batch: Any
+    row: Any
+    col: Any
+    rows: Any
+    """Of the whole matrix."""
+    cols: Any
+    is_col: Any
+    i: Any
+    """Of this thread."""
 
 
 class Buffers(NamedTuple):
@@ -66,7 +84,7 @@ class QuantizeTilesStaged:
         self.kernel(
             x, amax_row, amax_col, values_row, scales_row, values_col, scales_col, half_exponents
         ).launch(
-            grid=(x.shape[0] * cute.ceil_div(x.shape[1], warp_tiles.BAND) * groups, 1, 1),
+            grid=(cute.ceil_div(x.shape[1], warp_tiles.BAND) * groups, x.shape[0], 1),
             block=(THREADS, 1, 1),
             stream=stream,
             min_blocks_per_mp=CTAS_PER_SM,
@@ -94,38 +112,29 @@ class QuantizeTilesStaged:
     ) -> None:
         """One CTA."""
         tid, _, _ = arch.thread_idx()
-        bx, _, _ = arch.block_idx()
+        number, batch, _ = arch.block_idx()
         warp, lane = tid >> 5, tid & 31
-        here = self.place(x, bx, warp)
         memory = warp_tiles.memory(self.alloc(), warp, WARPS)
+        if lane == 0:
+            groups = self.groups(x)
+            # CTAs walk along rows, then down.
+            top = number // groups * warp_tiles.BAND
+            left = (number % groups * WARPS + warp) * warp_tiles.COLS
+            warp_tiles.store_place(memory.place, batch, top, left)
+        arch.sync_warp()
         to = Buffers(values_row, scales_row, values_col, scales_col)
+        wanted = Uint32(ROW if self.row else 0) | Uint32(COL if self.col else 0)
         if cutlass.const_expr(self.row and self.col):
-            sides = Int32(1)
             if ptx.load_b32(amax_row, 1) != ptx.load_b32(amax_col, 1):
-                sides = Int32(2)
-            for side in cutlass.range(sides, unroll=1):
-                amax = amax_row if side == 0 else amax_col
-                row = Uint32(1) if side == 0 else Uint32(0)
-                col = Uint32(1) if side + 1 == sides else Uint32(0)
-                there, at = warp_tiles.again(here), warp_tiles.again(lane)
-                self.quantize(x, there, memory, to, amax, (row, col), at, half_exponents)
+                wanted = Uint32(ROW)
+            while wanted != 0:
+                amax = amax_col if wanted == COL else amax_row
+                self.quantize(x, memory, to, amax, wanted, lane, half_exponents)
+                wanted = Uint32(COL) if wanted == ROW else Uint32(0)
                 arch.sync_warp()
         else:
             amax = amax_row if cutlass.const_expr(self.row) else amax_col
-            wanted = Uint32(int(self.row)), Uint32(int(self.col))
-            self.quantize(x, here, memory, to, amax, wanted, lane, half_exponents)
-
-    @cute.jit
-    def place(self, x: cute.Tensor, number: Int32, warp: Int32) -> Any:
-        """Where a warp of the CTA of this number works: CTAs walk along rows, then down."""
-        groups = self.groups(x)
-        down = cute.ceil_div(x.shape[1], warp_tiles.BAND)
-        line = number // groups
-        return warp_tiles.Place(
-            batch=line // down,
-            top=(line % down) * warp_tiles.BAND,
-            left=((number % groups) * WARPS + warp) * warp_tiles.COLS,
-        )
+            self.quantize(x, memory, to, amax, wanted, lane, half_exponents)
 
     def alloc(self) -> Any:
         """Shared address of the memory of all warps."""
@@ -136,16 +145,15 @@ class QuantizeTilesStaged:
     def quantize(
         self,
         x: cute.Tensor,
-        here: Any,
         memory: Any,
         to: Any,
         amax: Int64,
-        wanted: Any,
+        wanted: Uint32,
         lane: Int32,
         half_exponents: Uint32,
     ) -> None:
         """All that this warp has, in the orientations that are `wanted` with this amax."""
-        row_wanted, col_wanted = wanted
+        here = warp_tiles.load_place(memory.place)
         exists = here.left < x.shape[2]
         units = cutlass.min(
             (x.shape[1] - here.top + warp_tiles.UNIT - 1) // warp_tiles.UNIT,
@@ -177,7 +185,7 @@ class QuantizeTilesStaged:
                 here.top + j * warp_tiles.ROWS + u * 4
             )  # of this lane's rows, or more
             words = self.encode(
-                mine, choice, values, pitch, existing if row_wanted != 0 else Int32(0)
+                mine, choice, values, pitch, existing if (wanted & ROW) != 0 else Int32(0)
             )
             values += warp_tiles.ROWS * Int64(pitch)
             if cutlass.const_expr(self.col):
@@ -196,20 +204,21 @@ class QuantizeTilesStaged:
                     memory.tile, x, here, source, here.top + (j + 1) * warp_tiles.ROWS, lane
                 )
             if cutlass.const_expr(self.col):
-                if (j & 1) == 1 and col_wanted != 0:
-                    there, at = warp_tiles.again(here), warp_tiles.again(lane)
+                if (j & 1) == 1 and (wanted & COL) != 0:
+                    there = warp_tiles.load_place(memory.place)
+                    at = warp_tiles.again(lane)
                     unit = (there.top + j * warp_tiles.ROWS) // warp_tiles.UNIT
                     warp_tiles.flush_columns(memory.columns, x, there, to.values_col, unit, at)
                     warp_tiles.flush_scales_col(
                         memory.scales_col, x, there, to.scales_col, unit, at
                     )
         arch.sync_warp()
-        here, lane = warp_tiles.again(here), warp_tiles.again(lane)
+        here, lane = warp_tiles.load_place(memory.place), warp_tiles.again(lane)
         if cutlass.const_expr(self.row):
-            if exists and row_wanted != 0:
+            if exists and (wanted & ROW) != 0:
                 warp_tiles.flush_scales_row(memory.scales_row, x, here, to.scales_row, lane)
         if cutlass.const_expr(self.col):
-            if not exists and col_wanted != 0:
+            if not exists and (wanted & COL) != 0:
                 # Zeros for columns that do not exist, beside those that do.
                 if (here.left & warp_tiles.COLS) != 0 and here.left - warp_tiles.COLS < x.shape[2]:
                     for unit in cutlass.range(units):
@@ -225,7 +234,7 @@ class QuantizeTilesStaged:
             near = near | ((found & 0x000F000F) << Uint32(j * 4))
         if near != 0:
             arch.sync_warp()
-            self.finish(x, here, memory, to, near, wanted, lane)
+            self.finish(x, memory, to, near, wanted, lane)
 
     @cute.jit
     def choose(self, mine: Uint32, tensor: Any, half_exponents: Uint32) -> Any:
@@ -278,79 +287,87 @@ class QuantizeTilesStaged:
     def finish(
         self,
         x: cute.Tensor,
-        here: Any,
         memory: Any,
         to: Any,
         near: Uint32,
-        wanted: Any,
+        wanted: Uint32,
         lane: Int32,
     ) -> None:
-        """Tiles by the contract, one or two at a time, straight to global memory."""
-        half = lane >> 4
+        """Tiles by the contract, straight to global memory.
+
+        Half a warp takes a tile, the other half its transpose, or the next tile where only one
+        orientation is of interest. A thread has column i of what is quantized, and writes row i.
+        Everything is computed anew on both sides of the contract, which takes many registers.
+        """
         while near != 0:
-            # The lower half of the warp has a tile; the other one its transpose, or the next tile.
-            which = ptx.find_low(near)
+            entry = ptx.find_low(near)
             near = near & (near - 1)
-            is_col, chosen = Uint32(int(self.col)), wanted[1] if self.col else wanted[0]
-            if cutlass.const_expr(self.row and self.col):
-                is_col = Uint32(half)
-                chosen = wanted[0] if half == 0 else wanted[1]
-            else:
-                if half != 0:
-                    which = ptx.find_low(near)
-                    chosen = Uint32(1) if near != 0 else Uint32(0)
+            if cutlass.const_expr(not (self.row and self.col)):
+                if lane >= 16:
+                    entry = ptx.where_nonzero(near, ptx.find_low(near), NOTHING)
                 near = near & ptx.where_nonzero(near, near - 1, 0)
-            # Bits as `quantize` puts them: half of 32 rows, which 32 rows, column.
-            top = here.top + Int32(((which >> 2) & 3) * warp_tiles.ROWS + ((which >> 4) & 1) * 16)
-            left = here.left + Int32((which & 3) * 16)
-            self.finish_tile(x, here, memory, to, (top, left), is_col, chosen, lane)
+            tensor, outside = warp_tiles.load_constants(memory.constants)
+            given = self.load_tile(x, memory, entry, lane)
+            words, scale = contract.quantize_either(given, tensor, self.rules, None, outside)
+            low, high = contract.transpose_bits(words, 4)
+            entry, lane = warp_tiles.again(entry), warp_tiles.again(lane)
+            self.store_tile(x, memory, to, entry, wanted, lane, (low, high), scale)
 
     @cute.jit
-    def finish_tile(
-        self,
-        x: cute.Tensor,
-        here: Any,
-        memory: Any,
-        to: Any,
-        corner: Any,
-        is_col: Uint32,
-        chosen: Uint32,
-        lane: Int32,
-    ) -> None:
-        """The tile at this corner by half a warp, or its transpose; stored if `chosen`.
-
-        A thread has column i of what is quantized, and writes row i.
-        """
-        i = lane & 15
-        row, col, rows, cols = corner[0], corner[1], x.shape[1], x.shape[2]
-        chunks, values, scales = (
-            cute.ceil_div(x.shape[2], warp_tiles.COLS),
-            to.values_row,
-            to.scales_row,
-        )
-        along, down = Int64(2), x.stride[1] * 2  # bytes
-        at = warp_tiles.address_in(x, here.batch, row, col)
+    def corner(self, x: cute.Tensor, memory: Any, entry: Uint32, lane: Int32) -> Any:
+        """Where an undecided tile lies."""
+        here = warp_tiles.load_place(memory.place)
+        # Bits as `quantize` puts them: which half of 32 rows, which 32 rows, which columns.
+        row = here.top + Int32(((entry >> 2) & 3) * warp_tiles.ROWS + ((entry >> 4) & 1) * 16)
+        col = here.left + Int32((entry & 3) * 16)
+        rows, cols = x.shape[1], x.shape[2]
+        is_col = Int32(int(self.col))
+        if cutlass.const_expr(self.row and self.col):
+            is_col = lane >> 4
         if is_col != 0:
             row, col, rows, cols = col, row, cols, rows
-            chunks, values, scales = (
-                cute.ceil_div(x.shape[1], warp_tiles.UNIT),
-                to.values_col,
-                to.scales_col,
-            )
-            along, down = down, along
-        at += i * along
-        count = rows - row if col + i < cols else Int32(0)
+        return Corner(here.batch, row, col, rows, cols, is_col, lane & 15)
+
+    @cute.jit
+    def load_tile(self, x: cute.Tensor, memory: Any, entry: Uint32, lane: Int32) -> Any:
+        """Column i of a tile as float32, zeros outside the matrix."""
+        at = self.corner(x, memory, entry, lane)
+        down, along = x.stride[1], Int64(1)
+        if at.is_col != 0:
+            down, along = along, down
+        offset = Int64(at.batch) * x.stride[0] + at.row * down + (at.col + at.i) * along
+        first = x.iterator.toint() + offset * 2
+        count = at.rows - at.row if at.col + at.i < at.cols else Int32(0)
         given = []
         for k in cutlass.range_constexpr(16):
             exists = Uint32(1) if k < count else Uint32(0)
-            given.append(ptx.real(ptx.load_b16(at + k * down, exists) << 16))
-        tensor, outside = warp_tiles.load_constants(memory.constants)
-        words, scale = contract.quantize_either(given, tensor, self.rules, None, outside)
-        low, high = contract.transpose_bits(words, 4)
-        row += i
-        inside = chosen if row < rows else Uint32(0)
-        line = Int64(here.batch) * rows + row
-        ptx.store_v2(values + line * (chunks * 32) + (col >> 1), low, high, inside)
-        tile = (Int64(here.batch) * cute.ceil_div(rows, 128) + (row >> 7)) * chunks + (col >> 6)
-        place = (row & 31) * 16 + ((row >> 5) & 3) * 4 + ((col >> 4) & 3)
-        ptx.store_u8(scales + tile * 512 + place, scale, inside)
+            given.append(ptx.real(ptx.load_b16(first + k * 2 * down, exists) << 16))
+        return given
+
+    @cute.jit
+    def store_tile(
+        self,
+        x: cute.Tensor,
+        memory: Any,
+        to: Any,
+        entry: Uint32,
+        wanted: Uint32,
+        lane: Int32,
+        words: Any,
+        scale: Uint32,
+    ) -> None:
+        """Codes of row i of a tile and its scale, if it is one."""
+        at = self.corner(x, memory, entry, lane)
+        values, scales, side = to.values_row, to.scales_row, ROW
+        if at.is_col != 0:
+            values, scales, side = to.values_col, to.scales_col, COL
+        row = at.row + at.i
+        exists = Uint32(0)
+        if row < at.rows and entry != NOTHING and (wanted & side) != 0:
+            exists = Uint32(1)
+        chunks = cute.ceil_div(at.cols, 64)
+        line = Int64(at.batch) * at.rows + row
+        ptx.store_v2(values + line * (chunks * 32) + (at.col >> 1), words[0], words[1], exists)
+        tile = (Int64(at.batch) * cute.ceil_div(at.rows, 128) + (row >> 7)) * chunks + (at.col >> 6)
+        place = (row & 31) * 16 + ((row >> 5) & 3) * 4 + ((at.col >> 4) & 3)
+        ptx.store_u8(scales + tile * 512 + place, scale, exists)

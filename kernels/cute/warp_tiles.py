@@ -21,8 +21,9 @@ UNIT = 64
 """Rows whose column codes fill a sector; a row of x.mT is padded to a multiple."""
 TILE_BYTES = ROWS * COLS * 2
 COLUMN_BYTES = COLS * UNIT // 2
-SCALE_BYTES = 80
-"""Those of a band in 8 words, those of the columns of a unit in 4; constants; undecided tiles."""
+SCALE_BYTES = 96
+"""Those of a band in 8 words, those of the columns of a unit in 4; constants; undecided tiles; the
+place."""
 BYTES = TILE_BYTES + COLUMN_BYTES + SCALE_BYTES
 
 
@@ -35,6 +36,7 @@ class Memory(NamedTuple):
     scales_col: Any
     constants: Any
     near: Any
+    place: Any
 
 
 class Place(NamedTuple):
@@ -57,6 +59,7 @@ def memory(whole: Any, warp: Any, warps: int) -> Memory:
         scales_col=small + 32,
         constants=small + 48,
         near=small + 64,
+        place=small + 80,
     )
 
 
@@ -109,6 +112,17 @@ def load_constants(at: Any) -> tuple[contract.Tensor, Any]:
     """The tensor's constants, and whether its amax is outside of `contract.MIDRANGE_AMAX`."""
     amax, encode, decode, outside = shared.load_v4(at)
     return contract.Tensor(ptx.real(amax), ptx.real(encode), ptx.real(decode)), outside
+
+
+def store_place(to: Any, batch: Any, top: Any, left: Any) -> None:
+    """Where a warp works, kept where it takes no registers."""
+    shared.store_v4(to, [Uint32(batch), Uint32(top), Uint32(left), Uint32(0)])
+
+
+def load_place(at: Any) -> Place:
+    """What `store_place` left."""
+    batch, top, left, _ = shared.load_v4(at)
+    return Place(Int32(batch), Int32(top), Int32(left))
 
 
 def load_row(mine: Any, i: Any) -> list[Any]:
@@ -190,8 +204,6 @@ def store_transposed(address: Any, words: list[Any]) -> None:
 
 def again(a: Any) -> Any:
     """The same, but nothing computed from it is kept in registers for the next turn of a loop."""
-    if isinstance(a, tuple):
-        return type(a)(*map(again, a))
     code = "mov.b32 {$w0}, {$r0};"
     return arch.inline_ptx(code, write_only_types=[type(a)], read_only_args=[a])
 

@@ -89,8 +89,8 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
     addresses = [0 if given is None else given.data_ptr() for given in (*amaxes, *outputs)]
     exponents = simt.u32(host_quantize_filtered.HALF_EXPONENTS)
     warps = quantize_tiles_staged.WARPS
-    ctas = batch * ceil_div(rows, warp_tiles.BAND) * kernel.groups(matrix)
-    for cta, which in itertools.product(range(ctas), range(warps)):
+    ctas = range(ceil_div(rows, warp_tiles.BAND) * kernel.groups(matrix)), range(batch)
+    for *cta, which in itertools.product(*ctas, range(warps)):
         warp = simt.Warp(ORDERS[order])
         memory = simt.Memory(warp)
         for tensor in (*amaxes, *outputs):
@@ -113,7 +113,7 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
             ),
             "arch": types.SimpleNamespace(
                 thread_idx=lambda warp=warp, which=which: (which * 32 + warp.lane, 0, 0),
-                block_idx=lambda cta=cta: (cta, 0, 0),
+                block_idx=lambda cta=cta: (*cta, 0),
                 sync_warp=lambda warp=warp: warp.collect("barrier"),
                 alloc_smem=lambda kind, size, alignment: 0,
             ),
