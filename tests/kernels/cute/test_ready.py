@@ -108,6 +108,18 @@ def test_amax_of_other_orientations_is_another_launch(prepared):
     assert len(prepared) == 2
 
 
+def test_every_argument_of_a_decoding_counts(prepared):
+    buffers = QUANTIZE.reference(torch.randn(20, 72), AMAX_)
+    for amax in (None, AMAX_):
+        for dtype in (torch.float16, torch.float32):
+            arguments = (*buffers, amax, 20, 72)
+            for _ in range(2):
+                actual = cuda.cuda_dequantize(*arguments, qs=1536.0, dtype=dtype)
+                same([actual], [DEQUANTIZE.reference(*arguments, qs=1536.0, dtype=dtype)])
+                assert actual.dtype == dtype
+    assert len(prepared) == 4
+
+
 def test_a_misaligned_matrix_like_an_aligned_one(prepared):
     x = torch.empty(20 * 64 + 1, dtype=torch.bfloat16).normal_()
     for view in (x[:-1], x[1:], x[:-1]):
@@ -158,6 +170,22 @@ def test_what_serves_during_a_capture_does_not_stay(kernels, monkeypatch):
     quantize(x)
     first, *later = kernels.names()
     assert first != "quantize_filtered" and later == ["quantize_filtered"] * 2
+
+
+def test_two_launches_during_a_capture_do_not_stay(kernels, monkeypatch):
+    """Both single kernels have been compared, that for the pair has not."""
+    monkeypatch.setitem(tables.TABLES, "quantize_pair", (stand_ins.pair_entry(),))
+    x = matrix("rows", torch.bfloat16)
+    quantize(x)
+    quantize(x, transpose=True)
+    for is_capturing in (True, False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda on=is_capturing: on)
+        same(
+            cuda.cuda_quantize_pair(x, AMAX_, AMAX_ + 1),
+            QUANTIZE_PAIR.reference(x, AMAX_, AMAX_ + 1),
+        )
+    names = kernels.names()[2:]
+    assert len(names) == 4 and names[2:] == ["pair"] * 2 and "pair" not in names[:2]
 
 
 def test_other_shapes_of_a_compared_kernel_are_prepared_during_a_capture(kernels, monkeypatch):
