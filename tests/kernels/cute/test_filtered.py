@@ -14,7 +14,7 @@ import ptx_model
 from fos_compile.kernels import formats
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
-from fos_compile.kernels.cute import contract, conversions, filtered, host_quantize_filtered
+from fos_compile.kernels.cute import contract, conversions, filtered, host_quantize_filtered, pairs
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ both_conversions = pytest.mark.parametrize("model", ["sm_90a", "sm_100a"], indir
 def quantize(x, amax, rule):
     """(wrong, near) by block: against the reference, x [N, 16] bf16 read as rows of one block."""
     words = np.ascontiguousarray(x.view(torch.int16).numpy()).view(np.uint32)
-    words = [ptx_model.clear_negative_zeros_bf16x2(words[:, i]) for i in range(8)]
+    words = filtered.without_negative_zeros([words[:, i] for i in range(8)])
     rules = contract.Rules(scale_rule=rule)
     tensor = contract.tensor_of(np.full(len(x), amax, np.float32), rules.qs)
     mags = filtered.magnitudes(words)
@@ -116,17 +116,42 @@ MUTANTS = {
 }
 
 
+def ties_to_larger(*numbers):
+    return E2M1X8(*(number * np.float32(1 + 2**-20) for number in numbers))
+
+
+def other_order(*numbers):
+    return E2M1X8(*(numbers[i ^ 1] for i in range(8)))
+
+
+E2M1X8 = ptx_model.e2m1x8
+BY_INSTRUCTIONS = {
+    "ties up": (ptx_model, "e2m1x8", ties_to_larger),
+    "the nibbles of a byte swapped": (ptx_model, "e2m1x8", other_order),
+    "negative zeros kept": (pairs, "fma", lambda a, b, _: pairs.mul(a, b)),
+}
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_comparison_sees(monkeypatch, mutant):
     """Each of these mistakes makes a block wrong that is not called near."""
     monkeypatch.setattr(*MUTANTS[mutant])
-    found = []
+    assert something_differs()
+
+
+@pytest.mark.parametrize("model", ["sm_100a"], indirect=True)
+@pytest.mark.parametrize("mutant", BY_INSTRUCTIONS)
+def test_the_comparison_sees_by_instructions(monkeypatch, model, mutant):
+    monkeypatch.setattr(*BY_INSTRUCTIONS[mutant])
+    assert something_differs()
+
+
+def something_differs():
     for make in filter_blocks.DATA:
         x = make(torch.Generator().manual_seed(0)).bfloat16()
         most = float(x.abs().max())
         for amax in (most, most * 1.01, most * 1.7, most * 40):
             wrong, near = quantize(x, amax, "mse")
-            found.append(bool((wrong & ~near).any()))
-            if found[-1]:
-                return
-    raise AssertionError("nothing differs")
+            if (wrong & ~near).any():
+                return True
+    return False
