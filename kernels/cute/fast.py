@@ -1,5 +1,6 @@
 """A block of 16 bf16 through the filter of its rules: what the fast 1D kernels have in common."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cutlass
@@ -52,13 +53,16 @@ def exact(
     words: list[Any],
     tensor: contract.Tensor,
     rules: contract.Rules,
-    dice: list[Any] | None,
+    throw: Callable[[], list[Any] | None],
     outside: Any,
 ) -> tuple[list[Any], Any]:
-    """The same operation by operation: two words of nibbles and the scale byte."""
+    """The same operation by operation: two words of nibbles and the scale byte.
+
+    The dice are thrown once the scale is chosen: before, 16 registers more would be occupied.
+    """
     given = [value for word in words for value in tiles.unpack(word, cutlass.BFloat16)]
-    offsets = None if dice is None else contract.offsets(dice)
-    return contract.quantize_either(given, tensor, rules, offsets, outside)
+    dice = None if rules.rounding == "nearest" else lambda: contract.offsets(throw())
+    return contract.quantize_either(given, tensor, rules, dice, outside)
 
 
 def rotated(words: list[Any]) -> list[Any]:

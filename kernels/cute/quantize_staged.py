@@ -29,8 +29,8 @@ class Side(NamedTuple):
 class Output(NamedTuple):
     """What one orientation of the tile needs; rows and columns are those of this orientation."""
 
-    tensor: Any
-    outside: Any
+    constants: Any
+    """Shared address of what `store_constants` left."""
     values: Any
     """Address of the tile's first byte of values."""
     pitch: Any
@@ -200,12 +200,10 @@ class QuantizeStaged:
     ) -> Any:
         """The orientation with `where` = batch, rows, tile down, tile across, chunks."""
         batch, rows, down, across, chunks = where
-        amax, encode, decode, outside = shared.load_v4(constants)
         line = Int64(batch) * rows + down * staged.SIDE
         pitch = chunks * 32
         return Output(
-            tensor=contract.Tensor(ptx.real(amax), ptx.real(encode), ptx.real(decode)),
-            outside=outside,
+            constants=constants,
             values=values + line * pitch + across * (staged.SIDE // 2),
             pitch=pitch,
             scales=scales,
@@ -224,12 +222,13 @@ class QuantizeStaged:
         self, tile: Uint32, out: cutlass.Constexpr, tid: Int32, half_exponents: Uint32
     ) -> None:
         """All row blocks of the tile."""
+        common = load_constants(out.constants)
         near = Uint32(0)
         for i in cutlass.range(ROUNDS):
             row, block = row_task(tid, i)
             words = staged.row_block(tile, row, block)
             near = near | (
-                self.quantize(words, self.row, out, row, block, half_exponents) << Uint32(i)
+                self.quantize(words, self.row, out, common, row, block, half_exponents) << Uint32(i)
             )
         self.remember(out, near, tid)
 
@@ -238,6 +237,7 @@ class QuantizeStaged:
         self, tile: Uint32, out: cutlass.Constexpr, tid: Int32, half_exponents: Uint32
     ) -> None:
         """All column blocks of the tile, two neighbours a round."""
+        common = load_constants(out.constants)
         near = Uint32(0)
         for i in cutlass.range(ROUNDS // 2):
             pair, group = column_task(tid, i)
@@ -245,7 +245,7 @@ class QuantizeStaged:
             for side in cutlass.range(2):
                 words = staged.column_of(rows, Uint32(side))
                 column = pair * 2 + side
-                found = self.quantize(words, self.col, out, column, group, half_exponents)
+                found = self.quantize(words, self.col, out, common, column, group, half_exponents)
                 near = near | (found << Uint32(i * 2 + side))
         self.remember(out, near, tid)
 
@@ -255,6 +255,7 @@ class QuantizeStaged:
         words: list[Any],
         side: cutlass.Constexpr,
         out: Any,
+        common: Any,
         row: Int32,
         block: Int32,
         half_exponents: Uint32,
@@ -264,13 +265,13 @@ class QuantizeStaged:
         if row < out.rows and block < out.blocks:
             exists = ptx.u32(0xFF)
         words = fast.rotated(words) if cutlass.const_expr(side.rht) else words
-        done = fast.block(
-            words, out.tensor, side.rules, self.throw(side, out, row, block), half_exponents
-        )
+        tensor, outside = common
+        dice = self.throw(side, out, row, block)
+        done = fast.block(words, tensor, side.rules, dice, half_exponents)
         ptx.store_v2(address(out, row, block), done.low, done.high, exists)
         place = out.scales + Uint32(staged.place_of_scale(row, block))
         shared.store_u8(place, done.scale & exists)
-        return (done.near | out.outside) & exists
+        return (done.near | outside) & exists
 
     def throw(self, side: Side, out: Any, row: Any, block: Any) -> list[Any] | None:
         """The dice of a block."""
@@ -316,8 +317,12 @@ class QuantizeStaged:
     ) -> None:
         """One block by the contract."""
         words = fast.rotated(words) if cutlass.const_expr(side.rht) else words
-        dice = self.throw(side, out, row, block)
-        codes, scale = fast.exact(words, out.tensor, side.rules, dice, out.outside)
+        tensor, outside = load_constants(out.constants)
+
+        def throw() -> list[Any] | None:
+            return self.throw(side, out, row, block)
+
+        codes, scale = fast.exact(words, tensor, side.rules, throw, outside)
         ptx.store_v2(address(out, row, block), codes[0], codes[1], 1)
         shared.store_u8(out.scales + Uint32(staged.place_of_scale(row, block)), scale)
 
@@ -340,6 +345,12 @@ def store_constants(to: Any, amax: Any, qs: float) -> None:
     tensor = contract.tensor_of(ptx.load_f32(amax), qs)
     numbers = [ptx.bits(number) for number in tensor]
     shared.store_v4(to, [*numbers, contract.outside_midrange(tensor)])
+
+
+def load_constants(at: Any) -> tuple[contract.Tensor, Any]:
+    """Those, and whether `contract.MIDRANGE` may not divide; every phase reads them again."""
+    amax, encode, decode, outside = shared.load_v4(at)
+    return contract.Tensor(ptx.real(amax), ptx.real(encode), ptx.real(decode)), outside
 
 
 def row_task(tid: Any, turn: Any) -> tuple[Any, Any]:
