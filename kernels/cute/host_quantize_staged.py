@@ -30,20 +30,22 @@ def signature(key: KernelKey) -> tuple[Any, list[Any]]:
     options = general.options_of(key)
     sides: dict[str, Side | None] = dict.fromkeys(SIDES)
     for side in _sides(options):
-        # A single quantizer's options have no suffix.
-        rounding, rht = (options.get(f"{name}_{side}", options.get(name)) for name in _OWN)
-        rules = Rules(options["format"], options["scale_rule"], rounding, options["block"])
-        sides[side] = Side(rules, rht)
+        suffix = "" if "rounding" in options else f"_{side}"
+        rules = Rules(
+            format=options["format"],
+            scale_rule=options["scale_rule"],
+            rounding=options["rounding" + suffix],
+            block=options["block"],
+        )
+        sides[side] = Side(rules, options["rht" + suffix])
     addresses = [Int64(0)] * (2 + 1 + 4)
     numbers = [Uint32(0), Uint32(0), Uint32(HALF_EXPONENTS)]
     arguments = [general.fake_matrix(key), *addresses, *numbers, general.env_stream()]
     return QuantizeStaged(sides["row"], sides["col"]), arguments
 
 
-_OWN = ("rounding", "rht")
-
-
 def _sides(options: dict[str, Any]) -> tuple[str, ...]:
+    """Which orientations there are; the options of a single one have no suffix."""
     if "rounding" not in options:
         return SIDES
     return ("col",) if options["by_column"] else ("row",)

@@ -141,10 +141,10 @@ class QuantizeStaged:
         if tid == 0:
             shared.store_v2(counts, Uint32(0), Uint32(0))
             if cutlass.const_expr(self.row is not None):
-                store_constants(constants, amax_row, self.row.rules.qs)
+                store_constants(constants, amax_row, self.row)
         if tid == 32:
             if cutlass.const_expr(self.col is not None):
-                store_constants(constants + 16, amax_col, self.col.rules.qs)
+                store_constants(constants + 16, amax_col, self.col)
         shared.wait_copies()
         arch.sync_threads()
         if cutlass.const_expr(self.row is not None):
@@ -319,8 +319,8 @@ class QuantizeStaged:
         words = fast.rotated(words) if cutlass.const_expr(side.rht) else words
         tensor, outside = load_constants(out.constants)
 
-        def throw() -> list[Any] | None:
-            return self.throw(side, out, row, block)
+        def throw() -> list[Any]:
+            return self.throw(side, out, row, block) or []
 
         codes, scale = fast.exact(words, tensor, side.rules, throw, outside)
         ptx.store_v2(address(out, row, block), codes[0], codes[1], 1)
@@ -340,9 +340,9 @@ def load_keys(at: Any) -> list[Any]:
     return list(zip(words[::2], words[1::2], strict=True))
 
 
-def store_constants(to: Any, amax: Any, qs: float) -> None:
+def store_constants(to: Any, amax: Any, side: Any) -> None:
     """What is common to all blocks of an orientation: two divisions, by one thread for all."""
-    tensor = contract.tensor_of(ptx.load_f32(amax), qs)
+    tensor = contract.tensor_of(ptx.load_f32(amax), side.rules.qs)
     numbers = [ptx.bits(number) for number in tensor]
     shared.store_v4(to, [*numbers, contract.outside_midrange(tensor)])
 
