@@ -53,7 +53,7 @@ def exact(
     words: list[Any],
     tensor: contract.Tensor,
     rules: contract.Rules,
-    throw: Callable[[], list[Any]],
+    throw: Callable[[], Any],
     outside: Any,
 ) -> tuple[list[Any], Any]:
     """The same operation by operation: two words of nibbles and the scale byte.

@@ -5,6 +5,7 @@ both; a thread has a block of 16 at a time. As in `quantize_filtered`, blocks th
 decide are remembered and go through `contract` when all others are done, a thread a block.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import cutlass
@@ -318,10 +319,7 @@ class QuantizeStaged:
         """One block by the contract."""
         words = fast.rotated(words) if cutlass.const_expr(side.rht) else words
         tensor, outside = load_constants(out.constants)
-
-        def throw() -> list[Any]:
-            return self.throw(side, out, row, block) or []
-
+        throw = functools.partial(self.throw, side, out, row, block)
         codes, scale = fast.exact(words, tensor, side.rules, throw, outside)
         ptx.store_v2(address(out, row, block), codes[0], codes[1], 1)
         shared.store_u8(out.scales + Uint32(staged.place_of_scale(row, block)), scale)
