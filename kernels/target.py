@@ -13,8 +13,9 @@ import torch
 from fos_compile.kernels.op import Status
 
 SWITCH = "FOS_CUTE_KERNELS"
-MIN_CAPABILITY = (9, 0)
-"""What the kernels were tested on; E4M3 conversions are in hardware from 8.9 on."""
+MIN_CAPABILITY = (8, 0)
+"""With bfloat16 arithmetic. Nothing below 9.0 has run the kernels: it is the comparison with the
+reference before the first use that makes trying safe."""
 _OFF = ("0", "false", "no", "off")
 _PACKAGES = {"cutlass": "nvidia-cutlass-dsl", "tvm_ffi": "apache-tvm-ffi"}
 
@@ -50,9 +51,12 @@ def status(device: torch.device) -> Status:
 
 
 def arch(device: torch.device) -> str:
-    """What kernels for a CUDA device are compiled for, with its own features: ``sm_90a``."""
+    """What kernels for a CUDA device are compiled for: ``sm_80``, ``sm_90a``.
+
+    Features of one architecture alone, which the suffix stands for, exist from 9.0 on.
+    """
     major, minor = torch.cuda.get_device_capability(_index(device))
-    return f"sm_{major}{minor}a"
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
 def reset() -> None:

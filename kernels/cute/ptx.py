@@ -14,6 +14,7 @@ from typing import Any
 from cutlass import Float32, Uint32
 from cutlass.cute import arch
 
+from fos_compile.kernels.cute import conversions
 from fos_compile.kernels.cute.global_memory import (
     atomic_add_u32,
     atomic_max_u32,
@@ -224,14 +225,21 @@ def widen(a: Any) -> tuple[Any, Any]:
     return arch.inline_ptx(code, write_only_types=[Float32, Float32], read_only_args=[a])
 
 
-# Two 16-bit integers in a 32-bit register (sm_90 and up)
+def bf16_fma2(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, one rounding a half (bfloat16)."""
+    return _emit("fma.rn.bf16x2 {$w0}, @;", Uint32, a, b, c)
 
 
+# Two 16-bit integers in a 32-bit register
+
+
+@conversions.emulated_unless(conversions.has_sm_90)
 def max_u16x2(a: Any, b: Any) -> Any:
     """The larger of each half; orders the patterns of non-negative float16 or bfloat16."""
     return _emit("max.u16x2 {$w0}, @;", Uint32, a, b)
 
 
+@conversions.emulated_unless(conversions.has_sm_90)
 def add_relu_s16x2(a: Any, b: Any) -> Any:
     """max(a + b, 0) of each half, wrapping; one instruction on sm_90."""
     code = "{ .reg .b32 t, z; mov.b32 z, 0; add.s16x2 t, {$r0}, {$r1}; max.s16x2 {$w0}, t, z; }"
@@ -252,8 +260,9 @@ def max_u32(a: Any, b: Any) -> Any:
     return _emit("max.u32 {$w0}, @;", Uint32, a, b)
 
 
+@conversions.emulated_unless(conversions.has_sm_90)
 def clear_negative_zeros_bf16x2(a: Any) -> Any:
-    """a + 0 of each half: -0 becomes +0, every other number stays (sm_90 and up)."""
+    """a + 0 of each half: -0 becomes +0, every other number stays."""
     code = "{ .reg .b32 z; mov.b32 z, 0; add.rn.bf16x2 {$w0}, {$r0}, z; }"
     return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a])
 
@@ -287,17 +296,19 @@ def prmt(a: Any, b: Any, selector: int) -> Any:
     return _emit("prmt.b32 {$w0}, @;", Uint32, a, b, selector)
 
 
-# E4M3 (sm_89 and up)
+# Small floats
 
 
+@conversions.emulated_unless(conversions.has_fp8)
 def e4m3x2(low: Any, high: Any) -> Any:
     """Two float32, rounded to nearest even E4M3 and saturated at 448: bytes 0 and 1."""
     code = "{ .reg .b16 t; cvt.rn.satfinite.e4m3x2.f32 t, {$r1}, {$r0}; cvt.u32.u16 {$w0}, t; }"
     return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[low, high])
 
 
+@conversions.emulated_unless(conversions.has_fp8)
 def e5m2x4(a: Any, b: Any, c: Any, d: Any) -> Any:
-    """Four float32, rounded to nearest even E5M2 and saturated: bytes 0 to 3 (sm_89 and up)."""
+    """Four float32, rounded to nearest even E5M2 and saturated: bytes 0 to 3."""
     code = (
         "{ .reg .b16 l, h; cvt.rn.satfinite.e5m2x2.f32 l, {$r1}, {$r0}; "
         "cvt.rn.satfinite.e5m2x2.f32 h, {$r3}, {$r2}; mov.b32 {$w0}, {l, h}; }"
@@ -328,6 +339,7 @@ def through_e2m1x2(low: Any, high: Any) -> Any:
     return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[low, high])
 
 
+@conversions.emulated_unless(conversions.has_fp8)
 def from_e4m3x2(a: Any) -> Any:
     """E4M3 bytes 0 and 1 as two float16."""
     code = "{ .reg .b16 t; cvt.u16.u32 t, {$r0}; cvt.rn.f16x2.e4m3x2 {$w0}, t; }"

@@ -11,7 +11,7 @@ import cutlass
 from cutlass import Int32, Int64, Uint32, cute
 from cutlass.cute import arch
 
-from fos_compile.kernels.cute import contract, ptx, shared
+from fos_compile.kernels.cute import contract, conversions, ptx, shared
 
 BAND, COLS = 128, 64
 """Rows and columns of a warp."""
@@ -196,6 +196,7 @@ def flush_scales_col(
     ptx.store_v2(to, words[0], words[1], 1)
 
 
+@conversions.emulated_unless(conversions.has_sm_90)
 def store_transposed(address: Any, words: list[Any]) -> None:
     """Four 8x8 matrices of 16 bits, transposed: lane 8 k + r has the address of row r of k."""
     code = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"

@@ -6,11 +6,14 @@ that ``rcp_approx`` errs at random within the one ulp that PTX allows.
 
 from __future__ import annotations
 
+import importlib
 import types
 from typing import Any
 
 import numpy as np
 import torch
+
+from fos_compile.kernels.cute import conversions
 
 F32, U32, F16, U16 = np.float32, np.uint32, np.float16, np.uint16
 _random = np.random.default_rng(0)
@@ -183,14 +186,23 @@ def widen(a):
     return both[..., 0], both[..., 1]
 
 
+def bf16_fma2(a, b, c):
+    """Numbers whose product and sum bfloat16 has."""
+    a, b, c = (real(_words(each).astype(U32) << U32(16)) for each in (a, b, c))
+    exact = bits(fma(a, b, c)) >> U32(16)
+    return np.ascontiguousarray(exact.astype(U16)).view(U32)[..., 0]
+
+
 def _words(a) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(a, U32)[..., None]).view(U16)
 
 
+@conversions.emulated_unless(conversions.has_sm_90)
 def max_u16x2(a, b):
     return np.ascontiguousarray(np.maximum(_words(a), _words(b))).view(U32)[..., 0]
 
 
+@conversions.emulated_unless(conversions.has_sm_90)
 def add_relu_s16x2(a, b):
     total = (_words(a) + _words(b)).view(np.int16)
     return np.ascontiguousarray(np.maximum(total, 0).astype(U16)).view(U32)[..., 0]
@@ -205,6 +217,7 @@ def max_u32(a, b):
     return np.maximum(np.asarray(a, U32), np.asarray(b, U32))
 
 
+@conversions.emulated_unless(conversions.has_sm_90)
 def clear_negative_zeros_bf16x2(a):
     w = _words(a)
     return np.ascontiguousarray(np.where(w == 0x8000, U16(0), w)).view(U32)[..., 0]
@@ -247,6 +260,7 @@ def _round_e4m3(s: np.ndarray) -> np.ndarray:
     return code.astype(U32)
 
 
+@conversions.emulated_unless(conversions.has_fp8)
 def e4m3x2(low, high):
     codes = []
     for s in (_f32(low), _f32(high)):
@@ -255,6 +269,7 @@ def e4m3x2(low, high):
     return codes[0] | (codes[1] << U32(8))
 
 
+@conversions.emulated_unless(conversions.has_fp8)
 def e5m2x4(*numbers):
     clipped = [np.clip(_f32(each), -57344, 57344) for each in numbers]
     bytes_ = torch.from_numpy(np.stack(np.broadcast_arrays(*clipped), -1)).to(torch.float8_e5m2)
@@ -283,6 +298,7 @@ def through_e2m1x2(low, high):
     return half2(_round_e2m1(_f32(low)), _round_e2m1(_f32(high)))
 
 
+@conversions.emulated_unless(conversions.has_fp8)
 def from_e4m3x2(a):
     out = []
     for shift in (0, 8):
@@ -312,7 +328,8 @@ def shuffle_xor(a, distance):
 def install(monkeypatch: Any, *modules: types.ModuleType) -> None:
     """Make `modules`, and those of ours that they compute with, compute with this model."""
     model = __import__(__name__)
-    for module in modules:
+    emulated = importlib.import_module("fos_compile.kernels.cute.emulated")
+    for module in (emulated, *modules):
         if getattr(module, "ptx", model) is not model:
             monkeypatch.setattr(module, "ptx", model)
             install(monkeypatch, *(each for each in vars(module).values() if _is_ours(each)))

@@ -27,7 +27,10 @@ from fos_compile.kernels.cute import (
 from fos_compile.kernels.cute.cache import KernelCache
 from fos_compile.kernels.cute.tables import NAMES, TABLES
 
-ARCHS = ("sm_90a", "sm_100a", "sm_103a", "sm_120a")
+ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
+SPILLED = {"sm_80": 24, "sm_89": 24, "sm_120a": 8}
+"""Bytes that may be in memory where nobody chose the number of registers: a few numbers, stored and
+loaded once. None elsewhere."""
 
 
 def keys_of(op, dtypes, options):
@@ -100,8 +103,12 @@ def expected_instructions(key, arch):
     quantizes = key.name.startswith("quantize")
     encodes = quantizes and options["format"] == "nvfp4"
     decodes = key.name == "dequantize_blocks" and options["format"] == "nvfp4"
-    (yes if encodes else no).add("cvt.rn.satfinite.e4m3x2.f32")
-    (yes if encodes or decodes else no).add("cvt.rn.f16x2.e4m3x2")
+    with conversions.target(arch):
+        fp8, e2m1, f32x2 = (
+            has() for has in (conversions.has_fp8, conversions.has_e2m1, conversions.has_f32x2)
+        )
+    (yes if encodes and fp8 else no).add("cvt.rn.satfinite.e4m3x2.f32")
+    (yes if (encodes or decodes) and fp8 else no).add("cvt.rn.f16x2.e4m3x2")
     roundings = every(options, "rounding") if quantizes else set()
     (yes if roundings - {"nearest"} else no).add("mul.hi.u32")  # Philox
     staged = key.name.endswith("_staged")
@@ -118,14 +125,13 @@ def expected_instructions(key, arch):
     if key.name.startswith("quantize_tiles"):
         yes.add("shfl.sync.bfly.b32")
     if key.name == "quantize_tiles_staged" and options.get("by_column", True):
-        yes.add("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16")
+        older = arch in ("sm_80", "sm_89")
+        (no if older else yes).add("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16")
     if key.name == "dequantize_blocks":
         (yes if options["scaled"] else no).add("div.rn.f32")
         packed = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
         yes |= {packed[options["dtype"]]} if options["dtype"] in packed else set()
         yes.add("st.global.v4.b32")
-    with conversions.target(arch):
-        e2m1, f32x2 = conversions.has_e2m1(), conversions.has_f32x2()
     (yes if e2m1 and "nearest" in roundings else no).add("cvt.rn.satfinite.e2m1x2.f32")
     if not f32x2:
         no.add(".f32x2")
@@ -151,7 +157,8 @@ def check(name, arch, artifacts):
     }.get(key.name, 1)
     assert (int(ctas[1]) if ctas else 1) == promised
     found = cubins.attributes(cubin)
-    assert set(found[cubins.FRAME]) == set(found[cubins.STACK]) == {0}, "a frame would be a spill"
+    frames = found[cubins.FRAME] + found[cubins.STACK]
+    assert max(frames) <= SPILLED.get(arch, 0), "a frame is a spill"
     # Registers are handed out to warps in units of 8 a thread.
     assert 16 <= max(found[cubins.REGISTERS]) <= min(255, 65536 // (threads * promised) // 8 * 8)
 

@@ -31,8 +31,8 @@ def model(monkeypatch, request):
         yield
 
 
-both_conversions = pytest.mark.parametrize("model", ["sm_90a", "sm_100a"], indirect=True)
-"""E2M1 by arithmetic, and by an instruction."""
+every_way = pytest.mark.parametrize("model", ["sm_80", "sm_90a", "sm_100a"], indirect=True)
+"""E4M3 and E2M1 by arithmetic, E4M3 by an instruction, both by instructions."""
 
 
 def options():
@@ -148,7 +148,7 @@ def mismatches(dtype, divisions="IEEE"):
             yield rules, rht, given
 
 
-@both_conversions
+@every_way
 @pytest.mark.parametrize("dtype", formats.DTYPES, ids=str)
 @pytest.mark.parametrize("divisions", ["IEEE", "MIDRANGE"])
 def test_every_option_gives_the_bits_of_the_reference(model, dtype, divisions):

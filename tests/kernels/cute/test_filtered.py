@@ -25,8 +25,8 @@ def model(monkeypatch, request):
         yield
 
 
-both_conversions = pytest.mark.parametrize("model", ["sm_90a", "sm_100a"], indirect=True)
-"""E2M1 by arithmetic, and by an instruction."""
+every_way = pytest.mark.parametrize("model", ["sm_80", "sm_90a", "sm_100a"], indirect=True)
+"""E4M3 and E2M1 by arithmetic, E4M3 by an instruction, both by instructions."""
 
 
 def quantize(x, amax, rule):
@@ -52,7 +52,7 @@ def quantize(x, amax, rule):
     return (got != want).any(-1) | (scale != wanted), choice.near != 0
 
 
-@both_conversions
+@every_way
 @pytest.mark.parametrize("rule", ["mse", "static_6"])
 @pytest.mark.parametrize("make", filter_blocks.DATA)
 def test_wrong_only_where_it_says_so(model, make, rule):

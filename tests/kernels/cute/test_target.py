@@ -64,8 +64,8 @@ def test_a_library_that_may_not_be_imported_is_missing(monkeypatch):
 
 
 def test_older_devices_cannot(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
-    assert target.status(CUDA).reason == "CuTe kernels need compute capability 9.0, got 8.9"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert target.status(CUDA).reason == "CuTe kernels need compute capability 8.0, got 7.5"
 
 
 @pytest.mark.parametrize("switch", ["0", "off"])
@@ -84,7 +84,14 @@ def test_an_operator_without_a_kernel_says_so():
 
 @pytest.mark.parametrize(
     "capability,arch",
-    [((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((10, 3), "sm_103a"), ((12, 0), "sm_120a")],
+    [
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90a"),
+        ((10, 0), "sm_100a"),
+        ((10, 3), "sm_103a"),
+        ((12, 0), "sm_120a"),
+    ],
 )
 def test_arch(monkeypatch, capability, arch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
