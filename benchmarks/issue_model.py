@@ -1,16 +1,27 @@
-"""Predict how near to the memory roof the quantize kernels come, from their machine code.
+"""Predict how near to the memory roof the quantizers come, from their machine code: no GPU needed.
 
-Compiles kernels for the architecture of each device, disassembles them (`nvdisasm`, which the pip
-package nvidia-cuda-nvdisasm brings), counts the instructions of a round of the main loop and of
-the exact path that undecided blocks take, and compares the cycles these need with the time that
-their bytes need. No GPU takes part.
+Compiles kernels for an architecture, disassembles them (`nvdisasm`, of the pip package
+nvidia-cuda-nvdisasm), counts what a thread executes by pipe, and compares the cycles with the time
+that the bytes take. Prediction: the longer of the two, the former divided by an issue efficiency.
+
+A count is of the likely way through the whole kernel, every instruction as often as its loops run.
+That way handles as many blocks as possible, then makes the wide accesses of tiles inside the
+matrix, then is the shortest without calls. A loop on it that handles blocks is *exact* (what is
+undecided) if it holds FRND, FCHK or CALL, which filters avoid, else *main*. How many blocks a
+thread has is known, so trips follow, whatever was unrolled; if they do not, it is an error.
+
+Threads a cycle and SM: table "Throughput of Native Arithmetic Instructions" of NVIDIA's CUDA C++
+Programming Guide (13.x: of the Best Practices Guide, 12.1.1). `NOTES` say what it leaves open.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import importlib.metadata
+import math
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,41 +34,31 @@ import torch
 import harness
 import sass
 
-WARP = 32
-BLOCK = 16
-BYTES_PER_ELEMENT = 2 + 1 / 2 + 1 / BLOCK
-"""bf16 in, codes and scales out."""
-OVERLAP, SHARE = 3.0, 0.88
-NOTES = """\
-Instructions are of a thread, an element, in the main loop and, by the share of blocks that are not
-decided there, in the exact path; `other` is shared and global memory, special functions, uniform
-and control. `bound` is the fraction of copy bandwidth that the fullest pipe (`by`) allows: above 1
-memory limits. Threads a cycle and SM: 128 of any kind (four schedulers, a warp each), 128 float32
-or float16x2, 64 integer, comparison, selection, 16 special functions, 32 memory, half of 128 for
-integer multiply-add and for two float32 in one instruction (table "Throughput of Native Arithmetic
-Instructions" of NVIDIA's CUDA programming guide, compute capability 9.0; 10.0 is taken to be the
-same). F2FP, the conversions between small floats, is not in that table: 64 is a guess;
-`slow_convert` is the bound with the 16 of other conversions.
+WARP, BLOCK, EFFICIENCY = 32, 16, 0.7
+NOTES = f"""\
+`main` and `exact` are issue slots of a thread an element of x, for all orientations together,
+`fma` to `lsu` slots of a pipe. `bound` is the fraction of copy bandwidth that the fullest (`by`)
+allows, above 1 memory limits; `slots` is that of the issue slots alone. `at_100` and `at_70` are
+the prediction if all cycles are used, and if {EFFICIENCY:.0%} are: a profiler saw 66 to 75% on an
+H100, for the rows of mse among others, so that these agree is no test. `measured` is `of_copy` of
+quantize.csv (an H100). It is below `at_70` wherever latency, barriers, a last wave (mse loses 0.11
+at 8192x5120), or what memory loses against a copy matter: none is in the model. Take a figure of a
+device that was not measured for an upper limit.
 
-`estimate` = (0.88^-3 + bound^-3)^(-1/3). Both constants were chosen so that "mse, rows" and
-"static_6, rows" come out within 3% of what was measured at 16384x16384. The other measurements
-are a check, at 8192x5120, where launch and tail take 15% ("mse, rows" reaches 0.649 there). The
-general kernel is 8% below what that leaves. The kernels that go through shared memory reach 0.6 of
-the estimate: they wait for copies and barriers, of which counts say nothing. So on other devices
-the estimate is one for the kernel for rows, and hardly a bound for those.
+Rates, threads a cycle and SM. The table for 9.0: 128 float32, 128 float16x2, 64 integer, logic,
+comparison, IMAD, 16 special functions. Not from it: 128 of any kind (four schedulers, a warp each),
+64 for two float32 in an instruction, 128 bytes of shared or global memory without bank conflicts;
+F2FP 32 where it packs, 64 where it unpacks, as others measured on a B300. 10.0 is taken to be as
+9.0, though integer sums and minima may be faster there: see `slots`. H100, H200: 132 SMs at 1.98
+GHz, copy 3 TB/s (quantize.md) and 4.25 TB/s (same script). B200: 148 SMs at 1.9 GHz, and 8 TB/s is
+its peak: if it copies at 0.9 of it, as an H100, `bound` is 1.1 times as high.
 
-Devices: 132 SMs at 1.98 GHz, a copy of 2.97 TB/s (H100, see quantize.md) and 4.25 TB/s (H200, same
-script); 148 SMs at 1.965 GHz and 8 TB/s for a B200, of which a copy is taken to move 0.887, as on
-the other two (2.97 of 3.35 TB/s). No B200 has run any of this."""
+Loops of a thread: instructions with inner loops once, blocks an iteration, iterations."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU.
-
-    Attributes:
-        copy: bytes a second that a copy moves.
-    """
+    """A GPU; `copy` is in bytes a second."""
 
     name: str
     arch: str
@@ -66,84 +67,88 @@ class Device:
     copy: float
 
 
+RATES = {
+    "issue": 128, "fma": 128, "half": 128, "alu": 64, "pack": 32, "unpack": 64, "xu": 16, "lsu": 32
+}  # fmt: skip
 DEVICES = (
-    Device(name="H100", arch="sm_90a", sms=132, hertz=1.98e9, copy=2.97e12),
-    Device(name="H200", arch="sm_90a", sms=132, hertz=1.98e9, copy=4.25e12),
-    Device(name="B200", arch="sm_100a", sms=148, hertz=1.965e9, copy=7.1e12),
+    Device("H100", "sm_90a", 132, 1.98e9, 3.0e12),
+    Device("H200", "sm_90a", 132, 1.98e9, 4.25e12),
+    Device("B200", "sm_100a", 148, 1.9e9, 8e12),
 )
-RATES = {"issue": 128, "fma": 128, "alu": 64, "convert": 64, "xu": 16, "lsu": 32}
-"""Threads a cycle and SM that start an instruction of a kind; `issue` of any."""
-SLOW_CONVERT = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """A kernel and what is known about its work.
+class Work:
+    """What a thread of a kernel does.
 
     Attributes:
-        options: of the operator, as `quantize` takes them.
-        undecided: share of blocks that take the exact path after all.
-        measured: the row of results/quantize.csv for the same kernel, if there is one.
+        elements: of x.
+        marks: how often a thread executes `mark` for an orientation.
+        mark: instruction that stands for a block.
+        wide: memory instructions that tiles inside the matrix execute; several: by turns.
+        inner: trips of loops inside a main loop: that handle blocks, that store, others.
+        warps: that share a queue of undecided blocks; 0 if a warp takes tile by tile.
+    """
+
+    elements: int
+    marks: int
+    mark: str = r"F2FP\.SATFINITE\.E4M3"
+    wide: tuple[str, ...] = ("LDGSTS",)
+    inner: tuple[int, int, int] = (0, 0, 0)
+    warps: int = 4
+
+
+# 16 rounds; a 128x128 tile; 4 rounds, every other one stores columns; 8 rounds, as in large sizes.
+FILTERED = Work(elements=16 * 16, marks=16)
+STAGED = Work(elements=4 * 16, marks=4, inner=(2, 0, 0), warps=8)
+TILES = Work(
+    elements=16 * 16, marks=4, wide=("LDGSTS", r"LDGSTS|STG\.E\.128"), inner=(0, 2, 4), warps=0
+)
+DEQUANTIZE = Work(elements=8 * 16, marks=8, mark=r"F2FP\.F16\.E4M3\.UNPACK", wide=(r"STG\S*\.128",))
+AMAX = Work(elements=8 * 16, marks=16, mark=r"LDG\S*\.128")
+ONE, BOTH = 2 + 9 / 16, 2 + 2 * 9 / 16
+"""Bytes an element: bf16, codes, scales."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """A kernel, named as its row of quantize.csv, with options in the order of `tables.NAMES`.
+
+    `undecided` is the measured share of blocks that take each exact path, `sides` the number of
+    orientations that handle blocks of their own.
     """
 
     name: str
+    shape: str
+    op: str
     kernel: str
     options: tuple[object, ...]
-    dtype: torch.dtype = torch.bfloat16
-    undecided: float = 0.0
-    measured: tuple[str, str] | None = None
+    work: Work
+    bytes_: float
+    undecided: tuple[float, ...] = ()
+    sides: int = 1
 
 
-LARGE, SMALL = "16384x16384", "8192x5120"
-NEAR, NEAR_STOCHASTIC = 0.028, 0.067
-"""Share of a Gaussian's blocks that the filters leave undecided."""
+_F, _S, _T = "quantize_filtered", "quantize_staged", "quantize_tiles_staged"
+_LARGE, _DEEP, _WEIGHT = "16384x16384", "8192x5120", "14336x4096"
+_Q, _P, _4 = "quantize", "quantize_pair", "nvfp4"
+_1D, _2D = ("nearest", "1d", False), ("2d", "nearest", "nearest", False, False)
+_RHT = ("1d", "nearest", "stochastic", False, True)
 CASES = (
-    Case(
-        name="mse, rows",
-        kernel="quantize_filtered",
-        options=("nvfp4", "mse", "nearest", "1d", False, False),
-        undecided=NEAR,
-        measured=("mse", LARGE),
-    ),
-    Case(
-        name="static_6, rows",
-        kernel="quantize_filtered",
-        options=("nvfp4", "static_6", "nearest", "1d", False, False),
-        measured=("static_6", LARGE),
-    ),
-    Case(
-        name="mse, rows, RHT",
-        kernel="quantize_filtered",
-        options=("nvfp4", "mse", "nearest", "1d", True, False),
-        undecided=NEAR,
-    ),
-    Case(
-        name="mse, columns",
-        kernel="quantize_staged",
-        options=("nvfp4", "mse", "nearest", "1d", False, True),
-        undecided=NEAR,
-        measured=("mse, transposed", SMALL),
-    ),
-    Case(
-        name="mse, rows, stochastic",
-        kernel="quantize_staged",
-        options=("nvfp4", "mse", "stochastic", "1d", False, False),
-        undecided=NEAR_STOCHASTIC,
-        measured=("mse, stochastic", SMALL),
-    ),
-    Case(
-        name="mse, rows, general kernel",
-        kernel="quantize_blocks",
-        options=("nvfp4", "mse", "nearest", "1d", False, False),
-    ),
-    Case(
-        name="mse, rows, general kernel, float16",
-        kernel="quantize_blocks",
-        options=("nvfp4", "mse", "nearest", "1d", False, False),
-        dtype=torch.float16,
-        measured=("mse, float16", SMALL),
-    ),
-)
+    Case("mse", _LARGE, _Q, _F, (_4, "mse", *_1D, False), FILTERED, ONE, (0.028,)),
+    Case("static_6", _LARGE, _Q, _F, (_4, "static_6", *_1D, False), FILTERED, ONE, (0.0,)),
+    Case("mse, transposed", _DEEP, _Q, _S, (_4, "mse", *_1D, True), STAGED, ONE, (0.028,)),
+    Case("mse, stochastic", _DEEP, _Q, _S, (_4, "mse", "stochastic", "1d", False, False),
+         STAGED, ONE, (0.067,)),
+    Case("mse, row nearest + column RHT stochastic", _DEEP, _P, _S, (_4, "mse", *_RHT),
+         STAGED, BOTH, (0.028, 0.067), 2),
+    Case("mse, 2D, both orientations", _WEIGHT, _P, _T, (_4, "mse", *_2D), TILES, BOTH, (0.02,)),
+    Case("static_6, 2D, both orientations", _WEIGHT, _P, _T, (_4, "static_6", *_2D),
+         TILES, BOTH, (0.0,)),
+    Case("amax with RHT", _LARGE, "amax", "amax_rotated", (True,), AMAX, 2),
+    Case("dequantize to bf16", _LARGE, "dequantize", "dequantize_blocks",
+         (_4, False, torch.bfloat16), DEQUANTIZE, ONE),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,102 +157,185 @@ class Row:
 
     kernel: str
     device: str
-    instructions: float
-    """Of a thread, an element: main loop and the share of the exact path."""
+    main: float
+    exact: float
     fma: float
     alu: float
-    convert: float
-    other: float
+    xu: float
+    lsu: float
     bound: float
-    """Fraction of copy bandwidth that the fullest pipe allows; above 1 memory is what limits."""
     by: str
-    slow_convert: float
-    """The same if conversions take as long as the table says of those that it has."""
-    estimate: float
-    measured: float | None
+    slots: float
+    at_100: float
+    at_70: float
+    measured: float | None = None
 
 
-def rounds_of(program: sass.Program) -> list[Counter[str]]:
-    """What a round of each loop over blocks needs for one block, by pipe.
+def likely(program: sass.Program, mark: str, wide: str) -> list[int]:
+    """Positions on the way from the start to an EXIT that the module's docstring describes."""
+    code = program.instructions
+    best: dict[int, tuple[tuple[int, int, int], int]] = {}
+    for at in reversed(range(len(code))):
+        each = code[at]
+        onward = [to for to in sass._next(program, at) if to in best]
+        ends = each.name == "EXIT" and not each.is_predicated
+        if not onward and not ends:
+            continue
+        to = -1 if ends else max(onward, key=lambda to: best[to][0])
+        marks, wides, cost = (0, 0, 0) if ends else best[to][0]
+        score = marks + _matches(each, mark), wides + _matches(each, wide), cost - 1
+        best[at] = score, to
+    if 0 not in best:
+        raise ValueError("no way without a call from the start of the kernel to an EXIT")
+    way, at = [], 0
+    while at >= 0:
+        way.append(at)
+        at = best[at][1]
+    return way
 
-    The first is the main loop; the exact path of a kernel that has one is the second. A block has
-    one conversion of scales to E4M3, however often the compiler unrolled.
-    """
+
+def _matches(each: sass.Instruction, pattern: str) -> bool:
+    return re.match(pattern, each.name + each.modifiers) is not None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    """A loop on the likely way: its size and marks when inner loops run once, and its trips."""
+
+    first: int
+    last: int
+    kind: str
+    instructions: int
+    marks: int
+    trips: float = 1
+
+    def holds(self, at: int) -> bool:
+        """Whether an instruction belongs to it."""
+        return self.first <= at <= self.last
+
+    def inside(self, others: Sequence[Turn]) -> bool:
+        """Whether it is part of another one of them."""
+        return any(each != self and each.holds(self.first) and each.holds(self.last)
+                   for each in others)  # fmt: skip
+
+
+def turns_of(program: sass.Program, way: Sequence[int], case: Case) -> list[Turn]:
+    """The loops on the likely way; an error if they do not explain the blocks of a thread."""
+    work, code = case.work, program.instructions
+    marked = [at for at in way if _matches(code[at], work.mark)]
     found = []
     for loop in sass.loops(program):
-        try:
-            way = sass.shortest_round(program, loop)
-        except ValueError:  # code moved out of line
-            continue
-        blocks = sum("SATFINITE.E4M3" in each.modifiers for each in way)
-        if blocks:
-            counts = sass.count(way)
-            found.append(Counter({pipe: counts[pipe] / blocks for pipe in counts}))
-    if not 1 <= len(found) <= 2:
-        raise ValueError(f"a main loop and perhaps one for undecided blocks, got {len(found)}")
-    return found
+        here = range(loop.first, loop.last + 1)
+        marks, size = (sum(at in here for at in each) for each in (marked, way))
+        slow = any(code[at].name in ("FRND", "FCHK", "CALL") for at in here)
+        if size:
+            kind = "once" if not marks else "exact" if slow else "main"
+            found.append(Turn(loop.first, loop.last, kind, size, marks))
+    turns, shares = [], list(case.undecided)
+    main = [each for each in found if each.kind == "main"]
+    for each in found:
+        kind, trips = each.kind, 1.0
+        if each.inside(main):
+            stores = any(it.name == "STG" for it in code[each.first : each.last + 1])
+            kind, trips = "inner", work.inner[0 if each.marks else 1 if stores else 2]
+            if not trips:
+                raise ValueError(f"{case.name}: unknown loop inside a main loop, at {each.first}")
+        elif kind == "exact" and any(it.marks and it.inside([each]) for it in found):
+            kind = "once"  # around main and exact loops
+        elif kind == "exact":
+            share = shares.pop(0) if shares else math.nan
+            trips = share * work.elements * WARP / BLOCK**2
+            if work.warps and share >= 0:  # together, in whole turns of a warp
+                trips = math.ceil(share * work.marks * work.warps) / work.warps
+        turns.append(dataclasses.replace(each, kind=kind, trips=trips))
+    if shares or any(math.isnan(each.trips) for each in turns):
+        raise ValueError(f"{case.name}: other exact paths than the {len(case.undecided)} it has")
+    looping = [each for each in turns if each.kind in ("main", "exact")]
+    left: float = case.sides * work.marks
+    left -= sum(not any(each.holds(at) for each in looping) for at in marked)  # unrolled
+    for each in sorted(looping, key=lambda each: -each.marks):
+        if each.kind == "main":
+            once = each.marks + sum((it.trips - 1) * it.marks for it in turns if it.inside([each]))
+            # What remains of an unrolled loop has nothing to do where the trips come out even.
+            trips = work.marks / once if left > 0 else 0
+            left -= once * trips
+            turns.remove(each)
+            turns.append(dataclasses.replace(each, marks=int(once), trips=trips))
+    if left or any(each.trips % 1 for each in turns if each.kind == "main"):
+        raise ValueError(f"{case.name}: main loops leave {left:g} of its blocks unexplained")
+    return sorted(turns, key=lambda each: each.first)
 
 
-def weighted(rounds: Sequence[Counter[str]], undecided: float) -> dict[str, float]:
-    """Instructions of a thread for a block, by pipe."""
-    main, exact = rounds[0], rounds[-1]
-    return {pipe: main[pipe] + undecided * exact[pipe] for pipe in sass.PIPES}
+def slots(each: sass.Instruction) -> dict[str, float]:
+    """What an instruction takes of each pipe, in slots of that pipe."""
+    pipe = sass.pipe(each)
+    if pipe == "fma":
+        return {"half" if each.name.startswith("H") else "fma": 1}
+    if pipe in ("imad", "fma_pair"):
+        return {"fma": 2}  # half the rate; two results
+    if pipe == "convert":
+        return {"unpack" if each.modifiers.endswith("UNPACK_B") else "pack": 1}
+    if pipe == "lsu":
+        width = re.search(r"\.(128|64)\b|\.(4)$", each.modifiers)
+        return {"lsu": {"128": 4, "64": 2, "4": 4}[width[1] or width[2]] if width else 1}
+    return {pipe: 1}
 
 
-def cycles(counts: Mapping[str, float], rates: Mapping[str, float]) -> dict[str, float]:
-    """Cycles that an SM needs for a block a thread of a warp, by what it would wait for."""
-    slots = {
-        "issue": sum(counts.values()),
-        # A multiply-add of integers has half the rate; of two float32, two results.
-        "fma": counts["fma"] + 2 * counts["fma_pair"] + 2 * counts["imad"],
-        **{pipe: counts[pipe] for pipe in ("alu", "convert", "xu", "lsu")},
-    }
-    return {name: WARP * slots[name] / rates[name] for name in slots}
+def count(program: sass.Program, case: Case) -> dict[str, Counter[str]]:
+    """What a thread takes of each pipe, `issue` being of all, in main and in exact loops."""
+    counts = {"main": Counter[str](), "exact": Counter[str]()}
+    for wide in case.work.wide:
+        way = likely(program, case.work.mark, wide)
+        turns = turns_of(program, way, case)
+        for at in way:
+            around = [each for each in turns if each.holds(at)]
+            times = math.prod(each.trips for each in around) / len(case.work.wide)
+            kind = "exact" if any(each.kind == "exact" for each in around) else "main"
+            for pipe, slot in {"issue": 1.0, **slots(program.instructions[at])}.items():
+                counts[kind][pipe] += slot * times  # type: ignore[assignment]
+    return counts
 
 
-def bound(device: Device, needed: Mapping[str, float]) -> tuple[float, str]:
-    """Fraction of the copy bandwidth that the slowest of `cycles` allows, and its name."""
-    slowest = max(needed, key=lambda name: needed[name])
-    elements = device.sms * device.hertz * WARP * BLOCK / needed[slowest]
-    return elements * BYTES_PER_ELEMENT / device.copy, slowest
+def cycles(counts: Mapping[str, float]) -> dict[str, float]:
+    """Cycles of an SM for a warp, by what it would wait for."""
+    each = {pipe: WARP * counts.get(pipe, 0) / rate for pipe, rate in RATES.items()}
+    each["fma"] += each.pop("half")
+    each["xu"] += each.pop("pack") + each.pop("unpack")
+    return each
 
 
-def estimate(limit: float) -> float:
-    """Between the bound and what a kernel without arithmetic reaches of a copy."""
-    return (SHARE**-OVERLAP + limit**-OVERLAP) ** (-1 / OVERLAP)
-
-
-def row(case: Case, device: Device, program: sass.Program, measured: float | None) -> Row:
+def row(case: Case, device: Device, counts: Mapping[str, Mapping[str, float]]) -> Row:
     """Model one kernel on one device."""
-    counts = weighted(rounds_of(program), case.undecided)
-    limit, by = bound(device, cycles(counts, RATES))
-    slow, _ = bound(device, cycles(counts, {**RATES, "convert": SLOW_CONVERT}))
-    fma = counts["fma"] + counts["fma_pair"] + counts["imad"]
-    shown = {"fma": fma, "alu": counts["alu"], "convert": counts["convert"]}
-    total = sum(counts.values())
+    main, exact = ({pipe: counts[kind].get(pipe, 0) / case.work.elements for pipe in RATES}
+                   for kind in ("main", "exact"))  # fmt: skip
+    total = {pipe: main[pipe] + exact[pipe] for pipe in RATES}
+    needed = cycles(total)
+    by = max(needed, key=lambda name: needed[name])
+    rate = device.sms * device.hertz * WARP * case.bytes_ / device.copy
     return Row(
         kernel=case.name,
         device=f"{device.name} ({device.arch})",
-        instructions=total / BLOCK,
-        other=(total - sum(shown.values())) / BLOCK,
-        bound=limit,
+        main=main["issue"],
+        exact=exact["issue"],
+        fma=total["fma"] + total["half"],
+        alu=total["alu"],
+        xu=total["xu"] + total["pack"] + total["unpack"],
+        lsu=total["lsu"],
+        bound=rate / needed[by],
         by=by,
-        slow_convert=slow,
-        estimate=estimate(limit),
-        measured=measured,
-        **{name: value / BLOCK for name, value in shown.items()},
+        slots=rate / needed["issue"],
+        at_100=min(1.0, rate / needed[by]),
+        at_70=min(1.0, EFFICIENCY * rate / needed[by]),
     )
 
 
 def disassembler() -> str:
-    """Path of nvdisasm: of the pip package, or wherever it is."""
-    try:
-        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == "nvdisasm":
-            return str(file.locate())
+    """Path of nvdisasm: of the pip package, of triton, or wherever it is."""
+    for name in ("nvidia-cuda-nvdisasm", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            for file in importlib.metadata.files(name) or []:
+                if file.name == "nvdisasm":
+                    return str(file.locate())
     if found := shutil.which("nvdisasm"):
         return found
     raise SystemExit("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
@@ -258,24 +346,21 @@ def machine_code(case: Case, arch: str) -> sass.Program:
     from fos_compile.kernels.cute import build
     from fos_compile.kernels.cute.tables import NAMES, TABLES
 
-    entry = next(
-        each
-        for each in TABLES["quantize"]
-        if each.name == case.kernel
-        and not each.refuses(NAMES["quantize"], case.dtype, case.options)
-    )
-    key = entry.key(case.dtype, case.options)
+    dtype = torch.uint8 if case.op == "dequantize" else torch.bfloat16
+    able = [each for each in TABLES[case.op] if each.name == case.kernel
+            and not each.refuses(NAMES[case.op], dtype, case.options)]  # fmt: skip
+    columns = "transposed" in case.name
+    entry = next(each for each in able if each.reads.get("by_column", False) == columns)
     with tempfile.TemporaryDirectory() as folder:
-        compiled = build.compiled(key, arch, f"--keep-cubin --dump-dir {folder}")
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.__cubin__)
-        command = [disassembler(), "-c", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return sass.parse(text)
+        build.compiled(entry.key(dtype, case.options), arch, f"--keep-cubin --dump-dir {folder}")
+        (cubin,) = Path(folder).glob("*.cubin")
+        command = [disassembler(), "-c", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sass.parse(done.stdout)
 
 
 def measurements() -> dict[tuple[str, str], float]:
-    """Fraction of the copy bandwidth by case and shape, where it was measured on an H100."""
+    """Fraction of the copy bandwidth by case and shape, on an H100."""
     with (harness.RESULTS / "quantize.csv").open() as file:
         rows = [each for each in csv.DictReader(file) if each["of_copy"]]
     return {(each["case"], each["shape"]): float(each["of_copy"]) for each in rows}
@@ -284,29 +369,28 @@ def measurements() -> dict[tuple[str, str], float]:
 def main() -> None:
     """Model every case on every device and write the table."""
     parser = harness.parser(__doc__, name="issue_model")
+    parser.add_argument("--devices", default=",".join(each.name for each in DEVICES))
     args = parser.parse_args()
     known = measurements()
-    rows = []
+    devices = [each for each in DEVICES if each.name in args.devices.split(",")]
+    rows, loops = [], ["| kernel | arch | loop | instructions | blocks | trips |", "|---" * 6 + "|"]
     for case in CASES:
-        programs = {arch: machine_code(case, arch) for arch in {each.arch for each in DEVICES}}
-        for device in DEVICES:
-            measured = known.get(case.measured or ("", "")) if device.name == "H100" else None
-            rows.append(row(case, device, programs[device.arch], measured))
-    facts = harness.header(args.device, with_roof=False)
-    facts["disassembler"] = _version()
-    harness.write_results(
-        rows,
-        title="Predicted from machine code",
-        facts=facts,
-        md=args.md,
-        csv_path=args.csv,
-        notes=NOTES,
-    )
-
-
-def _version() -> str:
-    done = subprocess.run([disassembler(), "--version"], capture_output=True, text=True, check=True)
-    return next(line for line in done.stdout.splitlines() if "release" in line)
+        programs = {arch: machine_code(case, arch) for arch in sorted({it.arch for it in devices})}
+        for arch, program in programs.items():
+            way = likely(program, case.work.mark, case.work.wide[-1])
+            for it in turns_of(program, way, case):
+                blocks = it.marks * case.work.elements / BLOCK / case.work.marks
+                shown = f"{blocks:g}" if it.kind == "main" else ""
+                cells = case.name, arch, it.kind, str(it.instructions), shown, f"{it.trips:g}"
+                loops.append("| " + " | ".join(cells) + " |")
+        for device in devices:
+            done = row(case, device, count(programs[device.arch], case))
+            if device.name == "H100":
+                done = dataclasses.replace(done, measured=known.get((case.name, case.shape)))
+            rows.append(done)
+    title, facts = "Predicted from machine code", harness.header(args.device, with_roof=False)
+    text = "\n".join([NOTES, "", *loops])
+    harness.write_results(rows, title=title, facts=facts, md=args.md, csv_path=args.csv, notes=text)
 
 
 if __name__ == "__main__":
