@@ -1,99 +1,23 @@
-"""A warp of a kernel on the CPU, lane by lane: what `ptx_model` leaves out, memory above all.
+"""A warp or CTA of a kernel on the CPU, lane by lane: what `ptx_model` leaves out, mostly memory.
 
 Lanes run one after the other from one collective instruction to the next, in a given order. Shared
 and global memory are checked: alignment, bounds, banks, and that no lane touches what another one
-has written, or writes what another one has read, without a barrier of the warp between. Copies are
-as late as they may be.
+has written, or writes what another one has read, without a barrier of them all between. Copies are
+as late as they may be. Arithmetic between accesses may be done for many lanes at once.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
+import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
 
 import ptx_model
-
-LANES = 32
-
-
-class Stopped(Exception):
-    """Another lane failed."""
-
-
-class Warp:
-    """Runs one function on 32 lanes in turn."""
-
-    def __init__(self, order: Sequence[int] = range(LANES)) -> None:
-        self.order = order
-        self.epoch = 0
-        self._here = threading.local()
-        self._go = [threading.Semaphore(0) for _ in range(LANES)]
-        self._back = threading.Semaphore(0)
-        self._given: dict[int, tuple[str, Any]] = {}
-        self._taken: dict[int, Any] = {}
-        self._running: set[int] = set()
-        self._error: BaseException | None = None
-
-    @property
-    def lane(self) -> int:
-        """The lane that runs."""
-        return self._here.lane
-
-    def run(self, function: Callable[[int], None]) -> None:
-        """Call `function(lane)` on every lane to its end."""
-        self._running = set(range(LANES))
-        threads = [
-            threading.Thread(target=self._start, args=(lane, function), daemon=True)
-            for lane in range(LANES)
-        ]
-        for thread in threads:
-            thread.start()
-        while self._running:
-            for lane in [lane for lane in self.order if lane in self._running]:
-                self._go[lane].release()
-                self._back.acquire()
-            if self._error is None and self._running:
-                self._exchange()
-        for thread in threads:
-            thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _start(self, lane: int, function: Callable[[int], None]) -> None:
-        self._here.lane = lane
-        self._go[lane].acquire()
-        try:
-            with np.errstate(all="ignore"):
-                function(lane)
-        except Stopped:
-            pass
-        except BaseException as error:
-            self._error = self._error or error
-        self._running.discard(lane)
-        self._back.release()
-
-    def _exchange(self) -> None:
-        kinds = {kind for kind, _ in self._given.values()}
-        if len(self._given) != LANES or len(kinds) != 1:
-            self._error = AssertionError(f"lanes do not meet: {sorted(kinds)}, {self._running}")
-            return
-        self._taken = {lane: value for lane, (_, value) in self._given.items()}
-        self._given = {}
-        self.epoch += kinds == {"barrier"}
-
-    def collect(self, kind: str, value: Any = None) -> dict[int, Any]:
-        """What every lane gives to the same instruction."""
-        self._given[self.lane] = kind, value
-        self._back.release()
-        self._go[self.lane].acquire()
-        if self._error is not None:
-            raise Stopped
-        return self._taken
+from lanes import LANES, Warp
 
 
 class Memory:
@@ -105,7 +29,7 @@ class Memory:
 
     def add(self, address: int, size: int, content: Any) -> None:
         """A block; `content` is a buffer of its bytes."""
-        # Epoch and lane of the last write, and of the last read; lane -1 for several.
+        # Epoch and lane of the last write, and of the last read; -1 for several, -2 for atomics.
         self._blocks.append((address, size, content, np.full((4, size), -1)))
 
     def _find(self, address: int, size: int) -> tuple[Any, np.ndarray, int]:
@@ -136,6 +60,23 @@ class Memory:
         written[:], writer[:] = epoch, lane
         content[at : at + len(data)] = data
 
+    def add_atomically(self, address: int, a: int) -> int:
+        """To a 32-bit integer; what was there before."""
+        content, marks, at = self._find(address, 4)
+        written, writer, seen, reader = marks[:, at : at + 4]
+        epoch, lane = self.warp.epoch, self.warp.lane
+        assert not ((written == epoch) & (writer != -2)).any(), "written and added to, no barrier"
+        assert not ((seen == epoch) & (reader != lane)).any(), "added to what another lane reads"
+        written[:], writer[:] = epoch, -2
+        before = int.from_bytes(content[at : at + 4], "little")
+        content[at : at + 4] = (before + a & 0xFFFFFFFF).to_bytes(4, "little")
+        return before
+
+    def written(self, address: int) -> np.ndarray:
+        """Which bytes of the block at an address were written."""
+        (marks,) = (marks for start, _, _, marks in self._blocks if start == address)
+        return marks[0] >= 0
+
 
 def of_tensor(tensor: Any) -> Any:
     """The bytes of a tensor, as a buffer that can be written."""
@@ -159,6 +100,57 @@ def _words(data: bytes) -> list[np.uint32]:
 
 def _bytes(*words: Any) -> bytes:
     return np.array([integer(word) for word in words], np.uint32).tobytes()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """In place of `cute.ceil_div`."""
+    return -(-a // b)
+
+
+DSL = {
+    "Uint32": u32,
+    "Int32": integer,
+    "Int64": integer,
+    "Float32": float,
+    "cute": types.SimpleNamespace(
+        ceil_div=ceil_div, make_rmem_tensor=lambda size, kind: [kind(0)] * size
+    ),
+    "cutlass": types.SimpleNamespace(
+        const_expr=lambda value: value,
+        range=lambda *bounds, unroll=0: range(*map(integer, bounds)),
+        range_constexpr=range,
+        min=min,
+        Uint8=None,
+    ),
+}
+"""Names that kernels import, where their functions run as Python."""
+
+
+def plain(owner: Any) -> dict[str, Any]:
+    """Functions as they are written, not as the DSL reads them."""
+    return {name: f.__wrapped__ for name, f in vars(owner).items() if hasattr(f, "__wrapped__")}
+
+
+def arithmetic() -> list[types.ModuleType]:
+    """All modules that compute with `ptx`, however the arithmetic is divided among them."""
+    ours = [name for name in sys.modules if name.startswith("fos_compile.kernels.cute.")]
+    return [sys.modules[name] for name in ours if hasattr(sys.modules[name], "ptx")]
+
+
+def matrix_of(x: Any) -> types.SimpleNamespace:
+    """In place of `cute.Tensor`."""
+    return types.SimpleNamespace(
+        shape=tuple(x.shape),
+        stride=tuple(x.stride()),
+        iterator=types.SimpleNamespace(toint=x.data_ptr),
+    )
+
+
+def add_span(memory: Memory, x: Any) -> None:
+    """All that lies between the first and the last number of a matrix."""
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    content = of_tensor(x.as_strided((span,), (1,)))
+    memory.add(x.data_ptr(), len(content), content)
 
 
 def ptx_of(warp: Warp, memory: Memory) -> types.SimpleNamespace:
@@ -187,6 +179,12 @@ def ptx_of(warp: Warp, memory: Memory) -> types.SimpleNamespace:
             "shuffle": shuffle,
             "shuffle_xor": lambda a, distance: shuffle(a, warp.lane ^ distance),
             "find_low": lambda a: u32((integer(a) & -integer(a)).bit_length() - 1),
+            "bfloat16x2": lambda low, high: (
+                (ptx_model.bits(ptx_model.to_bfloat16(low)) >> np.uint32(16))
+                | ptx_model.bits(ptx_model.to_bfloat16(high))
+            ),
+            "popc": lambda a: u32(integer(a).bit_count()),
+            "load_v2": lambda address: _words(memory.read(address, 8)),
             "load_b16": load(u32, 2),
             "load_b32": load(u32, 4),
             "load_f32": lambda address: ptx_model.real(load(u32, 4)(address)),
@@ -204,24 +202,47 @@ class Shared:
         self.warp = warp
         self.memory = Memory(warp)
         self.memory.add(0, size, bytearray(b"\xa5" * size))
-        self.accesses: list[list[tuple[str, int]]] = [[] for _ in range(LANES)]
-        self._copies: list[list[tuple[int, bytes]]] = [[] for _ in range(LANES)]
+        # Kind, address and epoch.
+        self.accesses: list[list[tuple[str, int, int]]] = [[] for _ in warp.order]
+        self._copies: list[list[tuple[int, bytes]]] = [[] for _ in warp.order]
+        self._allocated: list[list[int]] = [[] for _ in warp.order]
+        self._end = size
         self.source: Memory | None = None
 
-    def _note(self, kind: str, address: Any) -> None:
-        self.accesses[self.warp.lane].append((kind, integer(address)))
+    def alloc(self, size: int) -> int:
+        """The address that every lane is given by the same call: apart from all others."""
+        mine = self._allocated[self.warp.lane]
+        most = max(self._allocated, key=len)
+        if len(mine) == len(most):
+            self.memory.add(self._end, size, bytearray(b"\xa5" * size))
+            mine.append(self._end)
+            self._end += -(-size // 128) * 128 + 128
+        else:
+            mine.append(most[len(mine)])
+        return mine[-1]
 
-    def conflicts(self) -> set[str]:
-        """Instructions of 16 bytes a lane in which eight neighbours meet a bank twice."""
+    def _note(self, kind: str, address: Any) -> None:
+        self.accesses[self.warp.lane].append((kind, integer(address), self.warp.epoch))
+
+    def conflicts(self, epochs: Container[int] | None = None) -> set[str]:
+        """Instructions in which a bank is met twice: by eight neighbours with 16 bytes each, or by
+        a warp with 4. Those of some epochs only, if given: lanes must not go apart before.
+        """
         found = set()
-        for instruction in zip(*self.accesses, strict=False):
-            kinds = {kind for kind, _ in instruction}
-            if len(kinds) != 1:  # lanes went apart
-                break
-            for first in range(0, LANES, 8):
-                vectors = {address // 16 for _, address in instruction[first : first + 8]}
-                if len({vector % 8 for vector in vectors}) != len(vectors):
-                    found |= kinds
+        for first in range(0, self.warp.lanes, LANES):
+            lanes = [
+                [access for access in lane if epochs is None or access[2] in epochs]
+                for lane in self.accesses[first : first + LANES]
+            ]
+            for instruction in zip(*lanes, strict=False):
+                kinds = {kind for kind, _, _ in instruction}
+                if len(kinds) != 1:  # lanes went apart
+                    break
+                size, most = (4, LANES) if kinds == {"load word"} else (16, 8)
+                for start in range(0, LANES, most):
+                    units = {at // size for _, at, _ in instruction[start : start + most]}
+                    if len({unit % (128 // size) for unit in units}) != len(units):
+                        found |= kinds
         return found
 
     @staticmethod
@@ -247,13 +268,26 @@ class Shared:
         return _words(self.memory.read(address, 16))
 
     def load_b32(self, address: Any) -> np.uint32:
+        self._note("load word", address)
         return _words(self.memory.read(address, 4))[0]
+
+    def load_u16(self, address: Any) -> np.uint32:
+        return u32(int.from_bytes(self.memory.read(address, 2), "little"))
 
     def store_v4(self, address: Any, words: Sequence[Any]) -> None:
         self.memory.write(address, _bytes(*words))
 
+    def store_v2(self, address: Any, a: Any, b: Any) -> None:
+        self.memory.write(address, _bytes(a, b))
+
     def store_b32(self, address: Any, a: Any) -> None:
         self.memory.write(address, _bytes(a))
+
+    def store_u16(self, address: Any, a: Any) -> None:
+        self.memory.write(address, _bytes(a)[:2])
+
+    def atomic_add(self, address: Any, a: Any) -> np.uint32:
+        return u32(self.memory.add_atomically(integer(address), integer(a)))
 
     def store_u8(self, address: Any, a: Any) -> None:
         self.memory.write(address, bytes([integer(a) & 0xFF]))

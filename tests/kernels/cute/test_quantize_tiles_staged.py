@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import types
 
 import pytest
@@ -33,39 +32,6 @@ from fos_compile.kernels.cute.tables import TABLES
 ORDERS = {"up": range(simt.LANES), "down": range(simt.LANES)[::-1]}
 
 
-def plain(owner):
-    """Functions as they are written, not as the DSL reads them."""
-    return {name: f.__wrapped__ for name, f in vars(owner).items() if hasattr(f, "__wrapped__")}
-
-
-def arithmetic():
-    """All modules that compute with `ptx`, however the arithmetic is divided among them."""
-    ours = [name for name in sys.modules if name.startswith("fos_compile.kernels.cute.")]
-    return [sys.modules[name] for name in ours if hasattr(sys.modules[name], "ptx")]
-
-
-def ceil_div(a, b):
-    return -(-a // b)
-
-
-DSL = {
-    "Uint32": simt.u32,
-    "Int32": simt.integer,
-    "Int64": simt.integer,
-    "Float32": float,
-    "cute": types.SimpleNamespace(
-        ceil_div=ceil_div, make_rmem_tensor=lambda size, kind: [kind(0)] * size
-    ),
-    "cutlass": types.SimpleNamespace(
-        const_expr=lambda value: value,
-        range=lambda *bounds, unroll=0: range(*map(simt.integer, bounds)),
-        range_constexpr=range,
-        min=min,
-        Uint8=None,
-    ),
-}
-
-
 def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
     """What the kernel writes, and instructions with bank conflicts: (outputs, conflicts)."""
     batch, rows, cols = x.shape
@@ -74,22 +40,18 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
         values, scales = QUANTIZE.reference(torch.zeros(batch, r, c).bfloat16(), torch.ones(()))
         outputs += [values.fill_(0xA5), scales.fill_(0xA5)] if wanted else [None, None]
     kernel = quantize_tiles_staged.QuantizeTilesStaged(rules, row=row, col=col)
-    bound = {name: types.MethodType(f, kernel) for name, f in plain(type(kernel)).items()}
+    bound = {name: types.MethodType(f, kernel) for name, f in simt.plain(type(kernel)).items()}
     for name, method in bound.items():
         monkeypatch.setattr(kernel, name, method, raising=False)
     for module in (quantize_tiles_staged, warp_tiles, contract):
-        for name, value in {**DSL, **plain(module)}.items():
+        for name, value in {**simt.DSL, **simt.plain(module)}.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
-    matrix = types.SimpleNamespace(
-        shape=tuple(x.shape),
-        stride=tuple(x.stride()),
-        iterator=types.SimpleNamespace(toint=x.data_ptr),
-    )
+    matrix = simt.matrix_of(x)
     addresses = [0 if given is None else given.data_ptr() for given in (*amaxes, *outputs)]
     exponents = simt.u32(host_quantize_filtered.HALF_EXPONENTS)
     warps = quantize_tiles_staged.WARPS
-    ctas = range(ceil_div(rows, warp_tiles.BAND) * kernel.groups(matrix)), range(batch)
+    ctas = range(simt.ceil_div(rows, warp_tiles.BAND) * kernel.groups(matrix)), range(batch)
     for *cta, which in itertools.product(*ctas, range(warps)):
         warp = simt.Warp(ORDERS[order])
         memory = simt.Memory(warp)
@@ -97,12 +59,11 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
             if tensor is not None:
                 content = simt.of_tensor(tensor)
                 memory.add(tensor.data_ptr(), len(content), content)
-        span = 2 * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)))
-        memory.add(x.data_ptr(), span, simt.of_tensor(x.as_strided((span // 2,), (1,))))
+        simt.add_span(memory, x)
         shared = simt.Shared(warp, warps * warp_tiles.BYTES)
         shared.source = memory
         ptx = simt.ptx_of(warp, memory)
-        for module in arithmetic():
+        for module in simt.arithmetic():
             monkeypatch.setattr(module, "ptx", ptx)
         replaced = {
             "shared": shared,
