@@ -225,7 +225,7 @@ class QuantizeStaged:
         """All row blocks of the tile."""
         common = load_constants(out.constants)
         near = Uint32(0)
-        for i in cutlass.range(ROUNDS):
+        for i in cutlass.range(ROUNDS, unroll=1):
             row, block = row_task(tid, i)
             words = staged.row_block(tile, row, block)
             near = near | (
@@ -240,10 +240,10 @@ class QuantizeStaged:
         """All column blocks of the tile, two neighbours a round."""
         common = load_constants(out.constants)
         near = Uint32(0)
-        for i in cutlass.range(ROUNDS // 2):
+        for i in cutlass.range(ROUNDS // 2, unroll=1):
             pair, group = column_task(tid, i)
             rows = staged.column_rows(tile, group, pair)
-            for side in cutlass.range(2):
+            for side in cutlass.range(2, unroll=1):
                 words = staged.column_of(rows, Uint32(side))
                 column = pair * 2 + side
                 found = self.quantize(words, self.col, out, common, column, group, half_exponents)
