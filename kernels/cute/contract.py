@@ -11,13 +11,16 @@ import cutlass
 from cutlass import Uint32, cute
 
 from fos_compile.kernels import formats
-from fos_compile.kernels.cute import conversions, hadamard, pairs, ptx
+from fos_compile.kernels.cute import conversions, hadamard, pairs, ptx, random_bits
 
 EXPONENT = 0x7F800000
 FLOAT32_MAX = 3.4028234663852886e38
 AMAX_MIN = 2.0**-116
 rotate = hadamard.rotate
 rotate_across = hadamard.rotate_across
+keys_of = random_bits.keys_of
+philox = random_bits.philox
+offsets = random_bits.offsets
 
 
 class Rules(NamedTuple):
@@ -230,22 +233,33 @@ def _error(
     by: Division,
 ) -> Any:
     """Error of a candidate over the block (docs/contract.md section 4)."""
-    realized = rules.rounding in ("nearest", "stochastic_realized")
+    if rules.rounding in ("nearest", "stochastic_realized"):
+        return _combine(_realized(mags, scale, inverse, tensor, rules, dice, by), rules)
+    # One at a time: with pairs `quantize_staged` spills 64 bytes on sm_100a.
+    terms = [_expected(ptx.mul(mag, inverse), rules.scale_rule) for mag in mags]
+    error = _combine(terms, rules)
+    error = ptx.mul(error, ptx.mul(scale, scale) if rules.scale_rule == "mse" else scale)
+    return ptx.real(ptx.where_nonzero(ptx.bits(scale), ptx.bits(error), EXPONENT))
+
+
+def _realized(
+    mags: list[Any],
+    scale: Any,
+    inverse: Any,
+    tensor: Tensor,
+    rules: Rules,
+    dice: list[Any] | None,
+    by: Division,
+) -> list[Any]:
+    """What each element adds to the realized error."""
     terms: list[Any] = []
     for i, pair in enumerate(pairs.of(mags)):
         ys = pairs.mul(pair, pairs.twice(inverse))
-        if not realized:
-            terms += [_expected(y, rules.scale_rule) for y in ys]
-            continue
         q = _round(ys, None if dice is None else dice[2 * i : 2 * i + 2])
         v = pairs.mul(pairs.mul(q, pairs.twice(scale)), pairs.twice(tensor.amax))
         d = pairs.sub(by.quotients(v, rules.qs), pair)
         terms += pairs.mul(d, d) if rules.scale_rule == "mse" else map(ptx.absolute, d)
-    error = _combine(terms, rules)
-    if realized:
-        return error
-    error = ptx.mul(error, ptx.mul(scale, scale) if rules.scale_rule == "mse" else scale)
-    return ptx.real(ptx.where_nonzero(ptx.bits(scale), ptx.bits(error), EXPONENT))
+    return terms
 
 
 def _round(ys: Any, dice: list[Any] | None) -> Any:
@@ -333,40 +347,6 @@ def _encode(q: Any) -> Any:
     t = ptx.bits(ptx.fma(binade, 2.0**22, q))
     # With this exponent t >> 22 is twice the binade's plus 256.
     return (t + (t >> 22)) & 7
-
-
-def keys_of(seed: tuple[Any, Any]) -> list[tuple[Any, Any]]:
-    """The keys of Philox's ten rounds for a (low, high) word of the seed."""
-    k0, k1 = seed
-    keys = []
-    for _ in range(10):
-        keys.append((k0, k1))
-        k0, k1 = k0 + ptx.u32(0x9E3779B9), k1 + ptx.u32(0xBB67AE85)
-    return keys
-
-
-def philox(keys: list[tuple[Any, Any]], group: tuple[Any, Any], stream: Any) -> list[Any]:
-    """The four random words of a group of 16: Philox-4x32-10 (docs/contract.md section 5).
-
-    Args:
-        keys: of `keys_of`.
-        group: (low, high) word of the group's number.
-        stream: third word of the counter.
-    """
-    c = [*group, stream, ptx.u32(0)]
-    for k0, k1 in keys:
-        high0, low0 = ptx.mul_wide(c[0], 0xD2511F53)
-        high1, low1 = ptx.mul_wide(c[2], 0xCD9E8D57)
-        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
-    return c
-
-
-def offsets(words: list[Any]) -> list[Any]:
-    """The 16 bytes of four words as u = (byte + 0.5) / 256, in one exact multiply-add."""
-    return [
-        ptx.fma(ptx.to_float((words[i // 4] >> (8 * (i % 4))) & 0xFF), 1 / 256, 1 / 512)
-        for i in range(16)
-    ]
 
 
 def transpose_bits(words: list[Any], width: int) -> list[Any]:
