@@ -9,9 +9,11 @@ as late as they may be. Arithmetic between accesses may be done for many lanes a
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import types
 from collections.abc import Callable, Container, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,7 +130,33 @@ DSL = {
 
 def plain(owner: Any) -> dict[str, Any]:
     """Functions as they are written, not as the DSL reads them."""
-    return {name: f.__wrapped__ for name, f in vars(owner).items() if hasattr(f, "__wrapped__")}
+    return {
+        name: _as_written(f.__wrapped__)
+        for name, f in vars(owner).items()
+        if hasattr(f, "__wrapped__")
+    }
+
+
+def _as_written(function: Any) -> types.FunctionType:
+    """A function with the code of its source: the DSL replaces it when it compiles a kernel."""
+    module = sys.modules[function.__module__]
+    code = _codes_of(module.__file__)[function.__qualname__]
+    plain_one = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__
+    )
+    plain_one.__kwdefaults__ = function.__kwdefaults__
+    return plain_one
+
+
+@functools.cache
+def _codes_of(path: str) -> dict[str, types.CodeType]:
+    """Of every function and method of a file, by qualified name."""
+    found, left = {}, [compile(Path(path).read_text(), path, "exec")]
+    while left:
+        code = left.pop()
+        found[code.co_qualname] = code
+        left += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return found
 
 
 def arithmetic() -> list[types.ModuleType]:

@@ -296,10 +296,9 @@ def changed(method, **fields):
     return mutant
 
 
-REMEMBER, THROW = QuantizeStaged.remember.__wrapped__, QuantizeStaged.throw
-FINISH_ROWS, FINISH_COLUMNS = (
-    getattr(QuantizeStaged, name).__wrapped__ for name in ("finish_rows", "finish_columns")
-)
+WRITTEN = simt.plain(QuantizeStaged)
+REMEMBER, THROW = WRITTEN["remember"], QuantizeStaged.throw
+FINISH_ROWS, FINISH_COLUMNS = (WRITTEN[name] for name in ("finish_rows", "finish_columns"))
 MUTANTS = {
     "entries of the queue one too far": (
         QuantizeStaged,
