@@ -177,7 +177,7 @@ def likely(program: sass.Program, mark: str, wide: str) -> list[int]:
     best: dict[int, tuple[tuple[int, int, int], int]] = {}
     for at in reversed(range(len(code))):
         each = code[at]
-        onward = [to for to in sass._next(program, at) if to in best]
+        onward = [to for to in sass.following(program, at) if to in best]
         ends = each.name == "EXIT" and not each.is_predicated
         if not onward and not ends:
             continue

@@ -270,7 +270,7 @@ def host() -> dict[str, str]:
 
 def undecided(case: Case) -> float | None:
     """Share of blocks that the filter could not decide, from a kernel that counts them."""
-    from fos_compile.kernels.cute import build, host_quantize_filtered, tables
+    from fos_compile.kernels.cute import build, tables
 
     chosen = {**tables.DEFAULTS["quantize"], **case.options}
     entry = tables.TABLES["quantize"][0]
@@ -281,7 +281,7 @@ def undecided(case: Case) -> float | None:
     x, amax, _ = one(case.shape, case.dtype)
     kernel = build.counting(key, target.arch(x.device), count.data_ptr())
     num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    host_quantize_filtered.launch(kernel, num_sms, key, x, amax, None, 0)
+    entry.launch(kernel, num_sms, key, x, amax, None, 0)
     return count.item() * 16 / x.numel()
 
 
@@ -323,7 +323,7 @@ def main() -> None:
 
 
 def measure_all(
-    todo: Sequence[Case],
+    pending: Sequence[Case],
     measure: Callable[..., Row],
     in_time: Callable[[], bool],
     write: Callable[..., None],
@@ -332,7 +332,7 @@ def measure_all(
     """Measure case by case while there is time, writing after each; one may fail.
 
     Args:
-        todo: the cases, most important first.
+        pending: the cases, most important first.
         measure: (case, time of static_6 in this shape or None) to its row.
         in_time: whether to begin another case.
         write: takes rows, and the keywords `facts` and `show`.
@@ -340,9 +340,9 @@ def measure_all(
     """
     rows: list[Row] = []
     static: dict[tuple[int, int], float] = {}
-    for number, case in enumerate(todo):
+    for number, case in enumerate(pending):
         if rows and not in_time():
-            facts["not measured"] = "; ".join(f"{c.name} {c.shape}" for c in todo[number:])
+            facts["not measured"] = "; ".join(f"{c.name} {c.shape}" for c in pending[number:])
             break
         try:
             row = measure(case, static=static.get(case.shape) if case.name == "mse" else None)

@@ -88,7 +88,7 @@ def shortest_round(program: Program, loop: Loop) -> list[Instruction]:
         best[at] = before if before >= 0 else None
         if at == loop.last:
             break
-        for to in _next(program, at):
+        for to in following(program, at):
             if loop.first <= to <= loop.last and to not in seen:
                 heapq.heappush(queue, (cost + 1, to, at))
     if loop.last not in seen:
@@ -101,7 +101,8 @@ def shortest_round(program: Program, loop: Loop) -> list[Instruction]:
     return way[::-1]
 
 
-def _next(program: Program, at: int) -> Iterable[int]:
+def following(program: Program, at: int) -> Iterable[int]:
+    """Positions that may come after one."""
     each = program.instructions[at]
     if each.name == "BRA" and each.target in program.labels:
         yield program.labels[each.target]

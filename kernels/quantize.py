@@ -57,12 +57,12 @@ def reference(
     Raises:
         InvalidArgument, UnsupportedArgument: see docs/contract.md section 1.
     """
-    spec = _spec(x, amax, seed, format, scale_rule, rounding, block, rht, transpose, stream)
+    spec = checked(x, amax, seed, format, scale_rule, rounding, block, rht, transpose, stream)
     values, scales = quantize_matrix(x, amax, seed, spec)
     return values, formats.to_blocked(scales)
 
 
-def _spec(
+def checked(
     x: Tensor,
     amax: Tensor,
     seed: Tensor | None,
@@ -74,6 +74,7 @@ def _spec(
     transpose: bool,
     stream: int,
 ) -> Spec:
+    """The options of a call whose arguments are good, else InvalidArgument, UnsupportedArgument."""
     formats.check_input("quantize", x)
     formats.check_options(
         "quantize", format=format, scale_rule=scale_rule, rounding=rounding, block=block, seed=seed
@@ -132,7 +133,7 @@ def fake(
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Buffers by formula: tracing the reference would cost hundreds of fake operations a call."""
-    _spec(x, amax, seed, format, scale_rule, rounding, block, rht, transpose, stream)
+    checked(x, amax, seed, format, scale_rule, rounding, block, rht, transpose, stream)
     return empty_buffers(x, format, transpose)
 
 

@@ -97,16 +97,8 @@ def fake(
     **rest: object,
 ) -> Buffers:
     """Buffers by formula, as in fos::quantize."""
-    formats.check_input("quantize_pair", x)
-    for rounding in (rounding_row, rounding_col):
-        formats.check_options(
-            "quantize_pair",
-            format=format,
-            scale_rule=scale_rule,
-            rounding=rounding,
-            block=block,
-            seed=seed,
-        )
+    for amax, rounding in ((amax_row, rounding_row), (amax_col, rounding_col)):
+        single.checked(x, amax, seed, format, scale_rule, rounding, block, False, False, 0)
     row = single.empty_buffers(x, format, transpose=False)
     col = single.empty_buffers(x, format, transpose=True)
     return (*row, *col)

@@ -73,10 +73,7 @@ def cpu_quantize(
         return quantize.reference(
             x, amax, seed, **options, rht=rht, transpose=transpose, stream=stream
         )
-    formats.check_input("quantize", x)
-    formats.check_options(
-        "quantize", format=format, scale_rule=scale_rule, rounding=rounding, block=block, seed=seed
-    )
+    quantize.checked(x, amax, seed, format, scale_rule, rounding, block, rht, transpose, stream)
     matrix, _, _, cols = _matrix(x, transpose)
     shape_values, shape_scales = quantize.buffer_shapes(x, format, transpose)
     values = torch.empty(shape_values, dtype=torch.uint8)

@@ -6,7 +6,7 @@ import cutlass
 from cutlass import Int32, Int64, Uint32, cute
 from cutlass.cute import arch
 
-from fos_compile.kernels.cute import contract, ptx, tiles
+from fos_compile.kernels.cute import hadamard, ptx, tiles
 
 
 class AmaxRotated:
@@ -48,7 +48,7 @@ class AmaxRotated:
         ):
             col = (chunk * 4 + place.block) * 16
             given = tiles.load_values(x, batch, row, col, 16, self.vector)
-            for value in contract.rotate(given, tiles.rounding_to(x.element_type)):
+            for value in hadamard.rotate(given, tiles.rounding_to(x.element_type)):
                 most = ptx.max_u32(most, ptx.bits(ptx.absolute(value)))
         most = ptx.warp_max_u32(most)
         if (tid & 31) == 0:

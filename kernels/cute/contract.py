@@ -11,16 +11,11 @@ import cutlass
 from cutlass import Uint32, cute
 
 from fos_compile.kernels import formats
-from fos_compile.kernels.cute import conversions, hadamard, pairs, ptx, random_bits
+from fos_compile.kernels.cute import conversions, pairs, ptx
 
 EXPONENT = 0x7F800000
 FLOAT32_MAX = 3.4028234663852886e38
 AMAX_MIN = 2.0**-116
-rotate = hadamard.rotate
-rotate_across = hadamard.rotate_across
-keys_of = random_bits.keys_of
-philox = random_bits.philox
-offsets = random_bits.offsets
 
 
 class Rules(NamedTuple):

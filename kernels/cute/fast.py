@@ -5,7 +5,15 @@ from typing import Any, NamedTuple
 
 import cutlass
 
-from fos_compile.kernels.cute import contract, filtered, filtered_stochastic, ptx, tiles
+from fos_compile.kernels.cute import (
+    contract,
+    filtered,
+    filtered_stochastic,
+    hadamard,
+    ptx,
+    random_bits,
+    tiles,
+)
 
 
 class Block(NamedTuple):
@@ -17,6 +25,14 @@ class Block(NamedTuple):
     near: Any
 
 
+def ready(words: list[Any], rules: contract.Rules, rht: bool) -> list[Any]:
+    """16 bf16 in pairs, after the transform if there is one, as `block` needs them."""
+    words = rotated(words) if rht else words
+    if rules.rounding == "nearest":
+        return filtered.without_negative_zeros(words)
+    return [ptx.clear_negative_zeros_bf16x2(word) for word in words]
+
+
 def block(
     words: list[Any],
     tensor: contract.Tensor,
@@ -24,18 +40,17 @@ def block(
     dice: list[Any] | None,
     half_exponents: Any,
 ) -> Block:
-    """Quantize a block, after the transform if there is one.
+    """Quantize a block.
 
     Args:
-        words: 16 bf16 in pairs.
+        words: of `ready`.
         tensor: of `contract.tensor_of`.
         rules: mse or static_6; nearest, stochastic or stochastic_unbiased; 1d.
-        dice: the four words of `contract.philox`; None for nearest.
+        dice: the four words of `random_bits.philox`; None for nearest.
         half_exponents: see `filtered.adaptive`.
     """
     mags = filtered.magnitudes(words)
     if dice is not None:
-        words = [ptx.clear_negative_zeros_bf16x2(word) for word in words]
         choice = filtered_stochastic.choose(mags, tensor, rules, half_exponents)
         low, high = filtered_stochastic.codes(words, choice.inverse, dice)
     else:
@@ -43,7 +58,7 @@ def block(
             choice = filtered.adaptive(mags, tensor, half_exponents)
         else:
             choice = filtered.single(mags, tensor)
-        low, high = filtered.codes(filtered.without_negative_zeros(words), choice.inverse)
+        low, high = filtered.codes(words, choice.inverse)
     low = ptx.where_nonzero(choice.scale, low, 0)
     high = ptx.where_nonzero(choice.scale, high, 0)
     return Block(low, high, choice.scale, choice.near)
@@ -53,7 +68,7 @@ def exact(
     words: list[Any],
     tensor: contract.Tensor,
     rules: contract.Rules,
-    throw: Callable[[], Any],
+    throw: Callable[[], Any] | None,
     outside: Any,
 ) -> tuple[list[Any], Any]:
     """The same operation by operation: two words of nibbles and the scale byte.
@@ -61,11 +76,11 @@ def exact(
     The dice are thrown once the scale is chosen: before, 16 registers more would be occupied.
     """
     given = [value for word in words for value in tiles.unpack(word, cutlass.BFloat16)]
-    dice = None if rules.rounding == "nearest" else lambda: contract.offsets(throw())
+    dice = None if throw is None else lambda: random_bits.offsets(throw())
     return contract.quantize_either(given, tensor, rules, dice, outside)
 
 
 def rotated(words: list[Any]) -> list[Any]:
     """16 bf16 in pairs after the random Hadamard transform."""
     given = [value for word in words for value in tiles.unpack(word, cutlass.BFloat16)]
-    return tiles.packed(contract.rotate(given, lambda value: value), cutlass.BFloat16)
+    return tiles.packed(hadamard.rotate(given, lambda value: value), cutlass.BFloat16)

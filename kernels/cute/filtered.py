@@ -32,6 +32,7 @@ from fos_compile.kernels.cute import conversions, pairs, ptx
 from fos_compile.kernels.cute.contract import EXPONENT, MIDRANGE, Tensor
 
 HALF_512 = 0x60006000
+HALF_2_TO_MINUS_15 = 0x02000200
 MAGNITUDES = 0x7FFF7FFF
 BAND = 0.0054
 SLOPE = 520.0
@@ -72,45 +73,110 @@ def adaptive(mags: list[Any], tensor: Tensor, half_exponents: Any) -> Choice:
     512 is one instruction only if one of its constants is in a register.
     """
     peak = peak_bits(mags)
+    scales, six, four = candidates(peak, tensor)
+    halves = float16_of(mags, shift_of(peak))
+    error6, error4 = (
+        total([distance(pair, each, half_exponents) for pair in halves]) for each in (six, four)
+    )
+    return decide(scales, six, four, (error6, error4), total(halves), FLOOR)
+
+
+class Candidate(NamedTuple):
+    """A scale of a block."""
+
+    inverse: Any
+    """float32, 1 / (decode * scale)."""
+    square: Any
+    """Of the scale."""
+    factor: Any
+    """Two float16: from what `float16_of` gives to y."""
+    tiny: Any
+    """2^-15 of that: its products tell the step."""
+    rest: Any
+    """What the factor is off by."""
+
+
+def candidates(peak: Any, tensor: Tensor) -> tuple[Any, Candidate, Candidate]:
+    """E4M3 bytes as of `candidate_scales`, candidate 6 and candidate 4."""
     scales = candidate_scales(peak, tensor)
     scale6, scale4 = ptx.widen(ptx.from_e4m3x2(scales))
-    inverse6 = MIDRANGE.reciprocal(ptx.mul(tensor.decode, scale6))
-    inverse4 = MIDRANGE.reciprocal(ptx.mul(tensor.decode, scale4))
+    unshift = ptx.real((peak & EXPONENT) - (2 << 23))
+    return scales, _candidate(scale6, unshift, tensor), _candidate(scale4, unshift, tensor)
 
-    exponent = peak & EXPONENT
-    shift = 17 * 128 - (exponent >> 16)  # of the bf16 patterns, to biased exponent 17
-    shifted = [
-        ptx.add_relu_s16x2(m, ptx.prmt(shift, shift, 0x1010)) << 3 for m in mags
-    ]  # float16 patterns
-    unshift = ptx.real(exponent - (2 << 23))
-    error6, rest6 = _error(shifted, ptx.mul(inverse6, unshift), half_exponents)
-    error4, rest4 = _error(shifted, ptx.mul(inverse4, unshift), half_exponents)
-    norm = _total(shifted)
 
-    square6, square4 = ptx.mul(scale6, scale6), ptx.mul(scale4, scale4)
-    total6, total4 = ptx.mul(error6, square6), ptx.mul(error4, square4)
-    gap = ptx.absolute(ptx.sub(total4, total6))
-    drift = ptx.fma(ptx.mul(rest6, rest6), square6, ptx.mul(ptx.mul(rest4, rest4), square4))
-    floor = ptx.fma(ptx.mul(norm, SLOPE), drift, ptx.mul(square4, FLOOR))
-    band = ptx.fma(ptx.add(total6, total4), BAND, floor)
-    clear = ptx.where_less(band, gap, 0, 1)
-    byte6, byte4 = scales & 0xFF, scales >> 8
-    # 6 subnormal (but not a block of zeros) or 4 saturated, as infinities and NaN are.
-    odd = ptx.where_below(byte6, 8, 1, ptx.where_below(byte4, 0x7E, 0, 1))
-    near = ptx.where_nonzero(byte4, clear | odd, 0)
-    bits6, bits4 = ptx.bits(inverse6), ptx.bits(inverse4)
-    return Choice(
-        inverse=ptx.real(ptx.where_nonzero(byte4, ptx.where_less(total4, total6, bits4, bits6), 0)),
-        scale=ptx.where_less(total4, total6, byte4, byte6),
-        near=near,
+def _candidate(scale: Any, unshift: Any, tensor: Tensor) -> Candidate:
+    inverse = MIDRANGE.reciprocal(ptx.mul(tensor.decode, scale))
+    r = ptx.mul(inverse, unshift)
+    factor = ptx.half2(r, r)
+    return Candidate(
+        inverse=inverse,
+        square=ptx.mul(scale, scale),
+        factor=factor,
+        tiny=ptx.hmul2(factor, ptx.u32(HALF_2_TO_MINUS_15)),
+        rest=ptx.sub(r, ptx.widen(factor)[0]),
     )
 
 
-def single(mags: list[Any], tensor: Tensor) -> Choice:
+def shift_of(peak: Any, exponent: int = 17) -> Any:
+    """What takes the pattern of the largest bf16 to this biased exponent, in both halves."""
+    shift = exponent * 128 - ((peak & EXPONENT) >> 16)
+    return ptx.prmt(shift, shift, 0x1010)
+
+
+def float16_of(mags: list[Any], shift: Any) -> list[Any]:
+    """Packed bf16 magnitudes as float16, times the power of two that `shift` stands for."""
+    return [ptx.add_relu_s16x2(mag, shift) << 3 for mag in mags]
+
+
+def decide(
+    scales: Any, six: Candidate, four: Candidate, errors: tuple[Any, Any], norm: Any, least: float
+) -> Choice:
+    """The candidate with the smaller error, unless those are closer than what they are off by.
+
+    Args:
+        scales: E4M3 bytes of both.
+        six, four: of `candidates`.
+        errors: theirs, in units of y.
+        norm: sum of the squares of what `float16_of` gave.
+        least: FLOOR for every 16 elements.
+    """
+    total6, total4 = ptx.mul(errors[0], six.square), ptx.mul(errors[1], four.square)
+    gap = ptx.absolute(ptx.sub(total4, total6))
+    drift = ptx.fma(
+        ptx.mul(six.rest, six.rest),
+        six.square,
+        ptx.mul(ptx.mul(four.rest, four.rest), four.square),
+    )
+    floor = ptx.fma(ptx.mul(norm, SLOPE), drift, ptx.mul(four.square, least))
+    band = ptx.fma(ptx.add(total6, total4), BAND, floor)
+    unclear = ptx.where_less(band, gap, 0, 1)
+    return chosen(scales, (six.inverse, four.inverse), (total6, total4), unclear)
+
+
+def chosen(scales: Any, inverses: tuple[Any, Any], totals: tuple[Any, Any], unclear: Any) -> Choice:
+    """The candidate with the smaller error.
+
+    Args:
+        scales: of `candidate_scales`.
+        inverses: of candidates 6 and 4.
+        totals: their errors.
+        unclear: 1 where those are too close.
+    """
+    byte6, byte4 = scales & 0xFF, scales >> 8
+    total6, total4 = totals
+    # 6 subnormal (but not a block of zeros) or 4 saturated, as infinities and NaN are.
+    odd = ptx.where_below(byte6, 8, 1, ptx.where_below(byte4, 0x7E, 0, 1))
+    inverse = ptx.where_less(total4, total6, ptx.bits(inverses[1]), ptx.bits(inverses[0]))
+    return Choice(
+        inverse=ptx.real(ptx.where_nonzero(byte4, inverse, 0)),
+        scale=ptx.where_less(total4, total6, byte4, byte6),
+        near=ptx.where_nonzero(byte4, unclear | odd, 0),
+    )
+
+
+def single(mags: list[Any], tensor: Tensor, value_max: float = 6.0) -> Choice:
     """The only candidate of static_6 for packed bf16 magnitudes, `near` where y may exceed 6.9."""
-    peak = peak_bits(mags)
-    s = ptx.mul(MIDRANGE.quotient(ptx.real(peak), 6.0), tensor.encode)
-    byte = ptx.e4m3x2(s, s) & 0xFF
+    byte = candidate_scales(peak_bits(mags), tensor, value_max) & 0xFF
     inverse = MIDRANGE.reciprocal(ptx.mul(tensor.decode, ptx.widen(ptx.from_e4m3x2(byte))[0]))
     odd = ptx.where_below(byte, 8, 1, ptx.where_below(byte, 0x7E, 0, 1))
     return Choice(
@@ -120,32 +186,31 @@ def single(mags: list[Any], tensor: Tensor) -> Choice:
     )
 
 
-def candidate_scales(peak: Any, tensor: Tensor) -> Any:
-    """E4M3 bytes of candidates 6 (byte 0) and 4 (byte 1)."""
-    s = ptx.mul(MIDRANGE.quotient(ptx.real(peak), 6.0), tensor.encode)
+def candidate_scales(peak: Any, tensor: Tensor, value_max: float = 6.0) -> Any:
+    """E4M3 bytes of candidates 6 (byte 0) and 4 (byte 1); `value_max` is that of the rules."""
+    s = ptx.mul(MIDRANGE.quotient(ptx.real(peak), value_max), tensor.encode)
     return ptx.e4m3x2(s, ptx.mul(s, 1.5))
 
 
-def _error(x: list[Any], r: Any, exponents: Any) -> tuple[Any, Any]:
-    """Squared error of a candidate in units of y, and r minus its float16."""
-    factor = ptx.half2(r, r)
-    minus = ptx.hneg2(factor)
-    tiny = ptx.hmul2(factor, ptx.u32(0x02000200))  # 2^-15 r
-    distances = []
-    for pair in x:
-        magic = (ptx.hmul2(pair, tiny) & exponents) | HALF_512
-        q = ptx.hsub2(ptx.hfma2(pair, factor, magic), magic)
-        distances.append(ptx.hfma2(pair, minus, q))
-    return _total(distances), ptx.sub(r, ptx.widen(factor)[0])
+def distance(pair: Any, candidate: Candidate, exponents: Any) -> Any:
+    """From y of two float16 to the nearest E2M1 numbers."""
+    magic = (ptx.hmul2(pair, candidate.tiny) & exponents) | HALF_512
+    q = ptx.hsub2(ptx.hfma2(pair, candidate.factor, magic), magic)
+    return ptx.hfma2(pair, ptx.hneg2(candidate.factor), q)
 
 
-def _total(halves: list[Any]) -> Any:
-    """Sum of the squares of 16 float16 in pairs, as float32."""
+def total(halves: list[Any]) -> Any:
+    """Sum of the squares of 16 float16 in pairs, as float32: five roundings."""
     sums = [ptx.hmul2(halves[0], halves[0]), ptx.hmul2(halves[1], halves[1])]
     for i, pair in enumerate(halves[2:]):
         sums[i % 2] = ptx.hfma2(pair, pair, sums[i % 2])
     low, high = ptx.widen(ptx.hadd2(sums[0], sums[1]))
     return ptx.add(low, high)
+
+
+def numbers(word: Any) -> tuple[Any, Any]:
+    """Two packed bf16 as float32."""
+    return ptx.real(word << 16), ptx.real(word & ptx.u32(0xFFFF0000))
 
 
 def without_negative_zeros(words: list[Any]) -> list[Any]:
@@ -170,27 +235,38 @@ def codes(words: list[Any], inverse: Any) -> tuple[Any, Any]:
 def _converted(words: list[Any], inverse: Any) -> Any:
     by, zero = pairs.twice(inverse), pairs.twice(0.0)
     # Adding 0 makes -0 positive, and nothing else.
-    both = [(ptx.real(w << 16), ptx.real(w & ptx.u32(0xFFFF0000))) for w in words]
-    return ptx.e2m1x8(*(y for pair in both for y in pairs.fma(pair, by, zero)))
+    return ptx.e2m1x8(*(y for word in words for y in pairs.fma(numbers(word), by, zero)))
 
 
 def _word(words: list[Any], factor: Any) -> Any:
-    pairs = []
-    for w in words:
-        even = _code(ptx.real(w << 16), factor)
-        odd = _code(ptx.real(w & ptx.u32(0xFFFF0000)), factor)
-        pairs.append(even + (odd << 4))
-    low, high = ptx.prmt(pairs[0], pairs[1], 0x0040), ptx.prmt(pairs[2], pairs[3], 0x0040)
-    word = ptx.prmt(low, high, 0x5410)
-    # Selectors with bit 3 repeat the sign of a byte: 0xff where x < 0.
-    left, right = ptx.prmt(words[0], words[1], 0xFBD9), ptx.prmt(words[2], words[3], 0xFBD9)
-    evens, odds = ptx.prmt(left, right, 0x5410), ptx.prmt(left, right, 0x7632)
-    return word | (evens & 0x08080808) | (odds & ptx.u32(0x80808080))
+    bytes_ = []
+    for even, odd in map(numbers, words):
+        bytes_.append(code(even, factor) + (code(odd, factor) << 4))
+    return with_signs(low_bytes(bytes_), words)
 
 
-def _code(x: Any, factor: Any) -> Any:
+def code(x: Any, factor: Any) -> Any:
     """A register whose low byte is the code of |x| * factor * 2^21."""
     y = ptx.absolute(ptx.mul(x, factor))
     binade = ptx.real(ptx.bits(ptx.maximum(y, 2.0**CODE_SHIFT)) & EXPONENT)
     t = ptx.bits(ptx.fma(binade, 2.0**22, y))
     return t + (t >> 22)
+
+
+def low_bytes(registers: list[Any]) -> Any:
+    """Those of four registers in one."""
+    a, b, c, d = registers
+    return ptx.prmt(ptx.prmt(a, b, 0x0040), ptx.prmt(c, d, 0x0040), 0x5410)
+
+
+def signs(words: list[Any]) -> tuple[Any, Any]:
+    """Bytes of 0xff where the even numbers of four words are negative, and the odd ones."""
+    # Selectors with bit 3 repeat the sign of a byte.
+    left, right = ptx.prmt(words[0], words[1], 0xFBD9), ptx.prmt(words[2], words[3], 0xFBD9)
+    return ptx.prmt(left, right, 0x5410), ptx.prmt(left, right, 0x7632)
+
+
+def with_signs(codes: Any, words: list[Any]) -> Any:
+    """Eight nibbles with the signs of four words of packed bf16."""
+    evens, odds = signs(words)
+    return codes | (evens & 0x08080808) | (odds & ptx.u32(0x80808080))

@@ -22,16 +22,15 @@ All of these times the square of the scale.
 
 from typing import Any
 
-from fos_compile.kernels.cute import contract, ptx
+from fos_compile.kernels.cute import contract, filtered, ptx
 from fos_compile.kernels.cute.contract import EXPONENT, MIDRANGE, Tensor
-from fos_compile.kernels.cute.filtered import HALF_512, MAGNITUDES, Choice, peak_bits
+from fos_compile.kernels.cute.filtered import HALF_512, MAGNITUDES, Choice
 
 BAND = 0.00345
 DRIFT, DRIFT_FLOOR = 0.505, 2.1
 STEP, FLOOR = 4.2e-5, 0.0072
 MINUS_6 = 0xC600C600
 HALF_2_TO_MINUS_10 = 0x14001400
-HALF_2_TO_MINUS_15 = 0x02000200
 FLOAT_2_23 = 0x4B000000
 UNBIASED = "stochastic_unbiased"
 
@@ -45,24 +44,18 @@ def choose(mags: list[Any], tensor: Tensor, rules: contract.Rules, half_exponent
         rules: mse or static_6, rounding stochastic or stochastic_unbiased, 1d.
         half_exponents: see `filtered.adaptive`.
     """
-    peak = peak_bits(mags)
-    s = ptx.mul(MIDRANGE.quotient(ptx.real(peak), rules.value_max), tensor.encode)
-    scales = ptx.e4m3x2(s, ptx.mul(s, 1.5))
+    if not rules.adaptive:
+        return filtered.single(mags, tensor, rules.value_max)
+    peak = filtered.peak_bits(mags)
+    scales = filtered.candidate_scales(peak, tensor, rules.value_max)
     scale6, scale4 = ptx.widen(ptx.from_e4m3x2(scales))
     inverse6 = MIDRANGE.reciprocal(ptx.mul(tensor.decode, scale6))
-    byte6, byte4 = scales & 0xFF, scales >> 8
-    if not rules.adaptive:
-        odd = ptx.where_below(byte6, 8, 1, ptx.where_below(byte6, 0x7E, 0, 1))
-        inverse = ptx.real(ptx.where_nonzero(byte6, ptx.bits(inverse6), 0))
-        return Choice(inverse=inverse, scale=byte6, near=ptx.where_nonzero(byte6, odd, 0))
     inverse4 = MIDRANGE.reciprocal(ptx.mul(tensor.decode, scale4))
 
-    exponent = peak & EXPONENT
-    shift = 15 * 128 - (exponent >> 16)  # of the bf16 patterns, to biased exponent 15
-    x = [ptx.add_relu_s16x2(m, ptx.prmt(shift, shift, 0x1010)) << 3 for m in mags]
-    tiny = [ptx.hmul2(pair, ptx.u32(HALF_2_TO_MINUS_15)) for pair in x]
-    norm = _norm(x)
-    unshift = ptx.real(exponent)
+    x = filtered.float16_of(mags, filtered.shift_of(peak, 15))
+    tiny = [ptx.hmul2(pair, ptx.u32(filtered.HALF_2_TO_MINUS_15)) for pair in x]
+    norm = filtered.total(x)
+    unshift = ptx.real(peak & EXPONENT)
     # Only candidate 6 exceeds 6: by the rounding of its scale, which unbiased rounding forestalls.
     over = rules.rounding != UNBIASED
     r6, r4 = ptx.mul(inverse6, unshift), ptx.mul(inverse4, unshift)
@@ -73,16 +66,8 @@ def choose(mags: list[Any], tensor: Tensor, rules: contract.Rules, half_exponent
     total6, total4 = ptx.mul(error6, square6), ptx.mul(error4, square4)
     gap = ptx.absolute(ptx.sub(total4, total6))
     band = ptx.fma(bound6, square6, ptx.mul(bound4, square4))
-    clear = ptx.where_less(band, gap, 0, 1)
-    # 6 subnormal (but not a block of zeros) or 4 saturated, as infinities and NaN are.
-    odd = ptx.where_below(byte6, 8, 1, ptx.where_below(byte4, 0x7E, 0, 1))
-    bits6, bits4 = ptx.bits(inverse6), ptx.bits(inverse4)
-    chosen = ptx.where_less(total4, total6, bits4, bits6)
-    return Choice(
-        inverse=ptx.real(ptx.where_nonzero(byte4, chosen, 0)),
-        scale=ptx.where_less(total4, total6, byte4, byte6),
-        near=ptx.where_nonzero(byte4, clear | odd, 0),
-    )
+    unclear = ptx.where_less(band, gap, 0, 1)
+    return filtered.chosen(scales, (inverse6, inverse4), (total6, total4), unclear)
 
 
 def _error(
@@ -114,13 +99,6 @@ def _error(
     return error, ptx.fma(error, BAND, ptx.add(drift, floor))
 
 
-def _norm(x: list[Any]) -> Any:
-    sums: list[Any] = [None, None]
-    for i, pair in enumerate(x):
-        sums[i % 2] = _add_product(pair, pair, sums[i % 2])
-    return _widened(sums)
-
-
 def _add_product(a: Any, b: Any, total: Any) -> Any:
     return ptx.hmul2(a, b) if total is None else ptx.hfma2(a, b, total)
 
@@ -137,7 +115,7 @@ def codes(words: list[Any], inverse: Any, dice: list[Any]) -> tuple[Any, Any]:
         words: packed bf16 without -0.
         inverse: float32, |x| * inverse at most 6.9; signs survive 0, so the caller clears blocks
             of scale 0.
-        dice: the four words of `contract.philox`.
+        dice: the four words of `random_bits.philox`.
     """
     factor = ptx.mul(inverse, 2.0**-15)
     return _word(words[:4], factor, dice[:2]), _word(words[4:], factor, dice[2:])
@@ -145,19 +123,15 @@ def codes(words: list[Any], inverse: Any, dice: list[Any]) -> tuple[Any, Any]:
 
 def _word(words: list[Any], factor: Any, dice: list[Any]) -> Any:
     evens, odds = [], []
-    for i, w in enumerate(words):
-        evens.append(_magnitude(ptx.real(w << 16), factor, dice[i // 2], 2 * i % 4))
-        odd = ptx.real(w & ptx.u32(0xFFFF0000))
+    for i, (even, odd) in enumerate(map(filtered.numbers, words)):
+        evens.append(_magnitude(even, factor, dice[i // 2], 2 * i % 4))
         odds.append(_magnitude(odd, factor, dice[i // 2], (2 * i + 1) % 4))
     # A magnitude times 2^-14 is twice its code as E5M2: below 2^-14 steps are equal, and from
     # there on each binade has four.
     word = (ptx.e5m2x4(*evens) >> 1) + (ptx.e5m2x4(*odds) << 3)
     # 8, of a y above 6 with unlucky dice, has code 8: one too many.
     word = word - ((word & ptx.u32(0x88888888)) >> 3)
-    # Selectors with bit 3 repeat the sign of a byte: 0xff where x < 0.
-    left, right = ptx.prmt(words[0], words[1], 0xFBD9), ptx.prmt(words[2], words[3], 0xFBD9)
-    even_signs, odd_signs = ptx.prmt(left, right, 0x5410), ptx.prmt(left, right, 0x7632)
-    return word | (even_signs & 0x08080808) | (odd_signs & ptx.u32(0x80808080))
+    return filtered.with_signs(word, words)
 
 
 def _magnitude(x: Any, factor: Any, dice: Any, byte: int) -> Any:

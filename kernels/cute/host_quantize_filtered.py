@@ -61,11 +61,6 @@ def prepare(kernel: Kernel, num_sms: int, key: KernelKey, x: Tensor) -> general.
     return launch
 
 
-def launch(kernel: Kernel, num_sms: int, key: KernelKey, x: Tensor, *rest: Any) -> Any:
-    """One call, for those who compiled the kernel themselves."""
-    return prepare(kernel, num_sms, key, x)(x, *rest)
-
-
 @functools.lru_cache(maxsize=1024)
 def rounds(bands: int, chunks: int, resident: int) -> int:
     """How many chunks of 64 columns each of the 4 warps of a CTA should take.

@@ -5,20 +5,13 @@ from typing import Any
 from torch import Tensor
 
 from fos_compile.kernels.cute import host_general as general
+from fos_compile.kernels.cute import host_oriented as oriented
 from fos_compile.kernels.cute.cache import Kernel, KernelKey
 from fos_compile.kernels.cute.host_quantize_filtered import HALF_EXPONENTS
 
 THREADS = 128
 CTAS_PER_SM = 7
 """What registers are limited for."""
-
-
-def sides(key: KernelKey) -> tuple[bool, bool]:
-    """Whether what the kernel reads is quantized, and whether its transpose is."""
-    options = general.options_of(key)
-    if "rounding" not in options:
-        return True, True
-    return not options["by_column"], options["by_column"]
 
 
 def signature(key: KernelKey) -> tuple[Any, list[Any]]:
@@ -30,7 +23,7 @@ def signature(key: KernelKey) -> tuple[Any, list[Any]]:
 
     options = general.options_of(key)
     rules = Rules(options["format"], options["scale_rule"], "nearest", "2d")
-    row, col = sides(key)
+    row, col = oriented.sides(key)
     addresses = [Int64(0)] * 6
     return QuantizeTilesStaged(rules, row=row, col=col), [
         general.fake_matrix(key), *addresses, Uint32(HALF_EXPONENTS), general.env_stream(),
@@ -38,49 +31,12 @@ def signature(key: KernelKey) -> tuple[Any, list[Any]]:
 
 
 def prepare(kernel: Kernel, num_sms: int, key: KernelKey, x: Tensor) -> general.Launch:
-    """The launch for matrices like x [R, C] or [B, R, C] bfloat16, seen as it is quantized."""
-    row, col = sides(key)
-    if row and col:
-        return _pair(kernel, x)
-    new_values, new_scales = general.buffers(x.shape, "nvfp4", x.device)
-    if not x.numel():
-        return general.idle(new_values, new_scales)
-    read = general.reader(x.mT if col else x, True)
+    """The launch of quantize or quantize_pair for matrices like x [R, C] or [B, R, C] bfloat16."""
 
-    def launch(x: Tensor, amax: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        values, scales = new_values(), new_scales()
-        own, none = (values.data_ptr(), scales.data_ptr()), (0, 0)
-        outputs = (*none, *own) if col else (*own, *none)
-        number = amax.data_ptr()
-        kernel(read(x), number, number, *outputs, HALF_EXPONENTS)
-        return values, scales
+    def run(
+        matrix: Tensor, amax_row: Tensor, amax_col: Tensor, _seed: Any, *addresses_and_stream: int
+    ) -> None:
+        *addresses, _ = addresses_and_stream
+        kernel(matrix, amax_row.data_ptr(), amax_col.data_ptr(), *addresses, HALF_EXPONENTS)
 
-    return launch
-
-
-def _pair(kernel: Kernel, x: Tensor) -> general.Launch:
-    *batch, rows, cols = x.shape
-    new_values, new_scales = general.buffers(x.shape, "nvfp4", x.device)
-    new_values_col, new_scales_col = general.buffers((*batch, cols, rows), "nvfp4", x.device)
-    if not x.numel():
-        return general.idle(new_values, new_scales, new_values_col, new_scales_col)
-    read = general.reader(x, True)
-
-    def launch(
-        x: Tensor, amax_row: Tensor, amax_col: Tensor, *_: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values, scales = new_values(), new_scales()
-        values_col, scales_col = new_values_col(), new_scales_col()
-        kernel(
-            read(x),
-            amax_row.data_ptr(),
-            amax_col.data_ptr(),
-            values.data_ptr(),
-            scales.data_ptr(),
-            values_col.data_ptr(),
-            scales_col.data_ptr(),
-            HALF_EXPONENTS,
-        )
-        return values, scales, values_col, scales_col
-
-    return launch
+    return oriented.prepare(run, key, x)

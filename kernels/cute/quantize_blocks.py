@@ -11,7 +11,7 @@ from cutlass import Int32, Int64, Uint32, cute
 from cutlass.cute import arch
 
 from fos_compile.kernels import formats
-from fos_compile.kernels.cute import contract, ptx, tiles
+from fos_compile.kernels.cute import contract, hadamard, ptx, random_bits, tiles
 
 
 class QuantizeBlocks:
@@ -73,7 +73,7 @@ class QuantizeBlocks:
         outside = contract.outside_midrange(tensor)
         keys: list[Any] = []
         if cutlass.const_expr(self.rules.rounding != "nearest"):
-            keys = contract.keys_of(ptx.load_v2(seed))
+            keys = random_bits.keys_of(ptx.load_v2(seed))
         inside = Uint32(1) if row < x.shape[1] else Uint32(0)
         first = by * rounds
         for chunk in cutlass.range(first, cutlass.min(first + rounds, chunks)):
@@ -84,7 +84,7 @@ class QuantizeBlocks:
                 given = [
                     each
                     for start in range(0, self.width, 16)
-                    for each in contract.rotate(given[start : start + 16], rounded)
+                    for each in hadamard.rotate(given[start : start + 16], rounded)
                 ]
             offsets = None
             line = Int64(batch) * x.shape[1] + row
@@ -107,6 +107,6 @@ class QuantizeBlocks:
         """Dice of all elements of a block whose first group of 16 is `group`."""
         found = []
         for i in range(self.width // 16):
-            words = contract.philox(keys, tiles.words_of(group + i), dice)
-            found += contract.offsets(words)
+            words = random_bits.philox(keys, tiles.words_of(group + i), dice)
+            found += random_bits.offsets(words)
         return found

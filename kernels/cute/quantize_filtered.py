@@ -12,7 +12,7 @@ import cutlass
 from cutlass import Int32, Int64, Uint16, Uint32, cute
 from cutlass.cute import arch
 
-from fos_compile.kernels.cute import contract, filtered, ptx, tiles
+from fos_compile.kernels.cute import contract, fast, ptx, tiles
 from fos_compile.kernels.cute.host_quantize_filtered import MAX_ROUNDS, ctas_per_sm
 
 WARPS = tiles.WARPS
@@ -116,21 +116,14 @@ class QuantizeFiltered:
         self.load(ahead, x, at, col, cols)
         near = Uint32(0)
         for i in cutlass.range(turns, unroll=1):
-            words = filtered.without_negative_zeros(self.rotated(ahead))
+            words = fast.ready([ahead[k] for k in range(8)], self.rules, self.rht)
             at += WARPS * CHUNK * 2 * x.stride[2]
             col += WARPS * CHUNK
             self.load(ahead, x, at, col, cols)
-            mags = filtered.magnitudes(words)
-            if cutlass.const_expr(self.rules.adaptive):
-                choice = filtered.adaptive(mags, tensor, half_exponents)
-            else:
-                choice = filtered.single(mags, tensor)
-            low, high = filtered.codes(words, choice.inverse)
-            low = ptx.where_nonzero(choice.scale, low, 0)
-            high = ptx.where_nonzero(choice.scale, high, 0)
-            near = near | ((choice.near | outside) << Uint32(i))
-            ptx.store_v2(to, low, high, exists)
-            ptx.store_u8(mark, choice.scale & exists, 1)
+            done = fast.block(words, tensor, self.rules, None, half_exponents)
+            near = near | ((done.near | outside) << Uint32(i))
+            ptx.store_v2(to, done.low, done.high, exists)
+            ptx.store_u8(mark, done.scale & exists, 1)
             to += WARPS * CHUNK // 2
             mark += WARPS * 512
         if here.row >= x.shape[1]:
@@ -153,10 +146,8 @@ class QuantizeFiltered:
             col = there.col + turn * (WARPS * CHUNK)
             at = there.x + turn * (WARPS * CHUNK * 2) * x.stride[2]
             self.load(again, x, at, col, x.shape[2])
-            given = [
-                v for word in self.rotated(again) for v in tiles.unpack(word, cutlass.BFloat16)
-            ]
-            words, scale = contract.quantize_either(given, tensor, self.rules, None, outside)
+            words = fast.ready([again[k] for k in range(8)], self.rules, self.rht)
+            words, scale = fast.exact(words, tensor, self.rules, None, outside)
             ptx.store_v2(there.values + turn * (WARPS * CHUNK // 2), words[0], words[1], 1)
             ptx.store_u8(there.scales + turn * (WARPS * 512), scale, 1)
 
@@ -197,12 +188,3 @@ class QuantizeFiltered:
                     wanted = Uint32(1) if col + 2 * i + j < cols else Uint32(0)
                     pair.append(ptx.load_b16(at + (2 * i + j) * 2 * x.stride[2], wanted))
                 into[i] = ptx.prmt(pair[0], pair[1], 0x5410)
-
-    def rotated(self, block: cute.Tensor) -> list[Any]:
-        """The words of a block, after the transform if there is one."""
-        words = [block[i] for i in range(8)]
-        if not self.rht:
-            return words
-        given = [value for word in words for value in tiles.unpack(word, cutlass.BFloat16)]
-        turned = contract.rotate(given, lambda value: value)
-        return tiles.packed(turned, cutlass.BFloat16)

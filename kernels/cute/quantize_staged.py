@@ -12,7 +12,16 @@ import cutlass
 from cutlass import Int32, Int64, Uint32, cute
 from cutlass.cute import arch
 
-from fos_compile.kernels.cute import contract, fast, ptx, shared, staged, tiles
+from fos_compile.kernels.cute import (
+    contract,
+    fast,
+    ptx,
+    random_bits,
+    shared,
+    staged,
+    tensor_constants,
+    tiles,
+)
 from fos_compile.kernels.cute.host_quantize_staged import CTAS_PER_SM
 
 THREADS = staged.THREADS
@@ -31,7 +40,7 @@ class Output(NamedTuple):
     """What one orientation of the tile needs; rows and columns are those of this orientation."""
 
     constants: Any
-    """Shared address of what `store_constants` left."""
+    """Shared address of `tensor_constants`."""
     values: Any
     """Address of the tile's first byte of values."""
     pitch: Any
@@ -64,8 +73,8 @@ class QuantizeStaged:
     """
 
     def __init__(self, row: Side | None, col: Side | None) -> None:
-        self.row = row
-        self.col = col
+        self.row: Any = row
+        self.col: Any = col
         sides = [side for side in (row, col) if side is not None]
         self.has_dice = any(side.rules.rounding != "nearest" for side in sides)
 
@@ -142,10 +151,10 @@ class QuantizeStaged:
         if tid == 0:
             shared.store_v2(counts, Uint32(0), Uint32(0))
             if cutlass.const_expr(self.row is not None):
-                store_constants(constants, amax_row, self.row)
+                tensor_constants.store(constants, amax_row, self.row.rules)
         if tid == 32:
             if cutlass.const_expr(self.col is not None):
-                store_constants(constants + 16, amax_col, self.col)
+                tensor_constants.store(constants + 16, amax_col, self.col.rules)
         shared.wait_copies()
         arch.sync_threads()
         if cutlass.const_expr(self.row is not None):
@@ -223,7 +232,7 @@ class QuantizeStaged:
         self, tile: Uint32, out: cutlass.Constexpr, tid: Int32, half_exponents: Uint32
     ) -> None:
         """All row blocks of the tile."""
-        common = load_constants(out.constants)
+        common = tensor_constants.load(out.constants)
         near = Uint32(0)
         for i in cutlass.range(ROUNDS, unroll=1):
             row, block = row_task(tid, i)
@@ -238,7 +247,7 @@ class QuantizeStaged:
         self, tile: Uint32, out: cutlass.Constexpr, tid: Int32, half_exponents: Uint32
     ) -> None:
         """All column blocks of the tile, two neighbours a round."""
-        common = load_constants(out.constants)
+        common = tensor_constants.load(out.constants)
         near = Uint32(0)
         for i in cutlass.range(ROUNDS // 2, unroll=1):
             pair, group = column_task(tid, i)
@@ -265,7 +274,7 @@ class QuantizeStaged:
         exists = Uint32(0)
         if row < out.rows and block < out.blocks:
             exists = ptx.u32(0xFF)
-        words = fast.rotated(words) if cutlass.const_expr(side.rht) else words
+        words = fast.ready(words, side.rules, side.rht)
         tensor, outside = common
         dice = self.throw(side, out, row, block)
         done = fast.block(words, tensor, side.rules, dice, half_exponents)
@@ -279,7 +288,7 @@ class QuantizeStaged:
         if side.rules.rounding == "nearest":
             return None
         group = out.group + Int64(row) * out.groups + block
-        return contract.philox(load_keys(out.keys), tiles.words_of(group), out.stream)
+        return random_bits.philox(load_keys(out.keys), tiles.words_of(group), out.stream)
 
     @cute.jit
     def remember(self, out: Any, near: Uint32, tid: Int32) -> None:
@@ -317,9 +326,11 @@ class QuantizeStaged:
         self, words: list[Any], side: cutlass.Constexpr, out: Any, row: Int32, block: Int32
     ) -> None:
         """One block by the contract."""
-        words = fast.rotated(words) if cutlass.const_expr(side.rht) else words
-        tensor, outside = load_constants(out.constants)
-        throw = functools.partial(self.throw, side, out, row, block)
+        words = fast.ready(words, side.rules, side.rht)
+        tensor, outside = tensor_constants.load(out.constants)
+        throw = None
+        if cutlass.const_expr(side.rules.rounding != "nearest"):
+            throw = functools.partial(self.throw, side, out, row, block)
         codes, scale = fast.exact(words, tensor, side.rules, throw, outside)
         ptx.store_v2(address(out, row, block), codes[0], codes[1], 1)
         shared.store_u8(out.scales + Uint32(staged.place_of_scale(row, block)), scale)
@@ -327,7 +338,7 @@ class QuantizeStaged:
 
 def store_keys(to: Any, seed: Any) -> None:
     """The ten keys of Philox, so that not every block adds them up."""
-    keys = [word for key in contract.keys_of(ptx.load_v2(seed)) for word in key]
+    keys = [word for key in random_bits.keys_of(ptx.load_v2(seed)) for word in key]
     for i in range(0, len(keys), 4):
         shared.store_v4(to + 4 * i, keys[i : i + 4])
 
@@ -336,19 +347,6 @@ def load_keys(at: Any) -> list[Any]:
     """What `store_keys` left."""
     words = [word for i in range(0, 20, 4) for word in shared.load_v4(at + 4 * i)]
     return list(zip(words[::2], words[1::2], strict=True))
-
-
-def store_constants(to: Any, amax: Any, side: Any) -> None:
-    """What is common to all blocks of an orientation: two divisions, by one thread for all."""
-    tensor = contract.tensor_of(ptx.load_f32(amax), side.rules.qs)
-    numbers = [ptx.bits(number) for number in tensor]
-    shared.store_v4(to, [*numbers, contract.outside_midrange(tensor)])
-
-
-def load_constants(at: Any) -> tuple[contract.Tensor, Any]:
-    """Those, and whether `contract.MIDRANGE` may not divide; every phase reads them again."""
-    amax, encode, decode, outside = shared.load_v4(at)
-    return contract.Tensor(ptx.real(amax), ptx.real(encode), ptx.real(decode)), outside
 
 
 def row_task(tid: Any, turn: Any) -> tuple[Any, Any]:

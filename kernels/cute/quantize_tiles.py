@@ -10,7 +10,7 @@ import cutlass
 from cutlass import Int32, Int64, Uint32, cute
 from cutlass.cute import arch
 
-from fos_compile.kernels.cute import contract, ptx, tiles
+from fos_compile.kernels.cute import contract, hadamard, ptx, random_bits, tiles
 
 
 class QuantizeTiles:
@@ -65,20 +65,20 @@ class QuantizeTiles:
         outside = contract.outside_midrange(tensor)
         keys: list[Any] = []
         if cutlass.const_expr(self.rules.rounding != "nearest"):
-            keys = contract.keys_of(ptx.load_v2(seed))
+            keys = random_bits.keys_of(ptx.load_v2(seed))
         inside = Uint32(1) if row < x.shape[1] else Uint32(0)
         first = by * rounds
         for chunk in cutlass.range(first, cutlass.min(first + rounds, chunks)):
             col = (chunk * 4 + block) * 16
             given = tiles.load_column(x, batch, top, col + (lane & 15))
             if cutlass.const_expr(self.rht):
-                given = contract.rotate_across(given, tiles.rounding_to(x.element_type))
+                given = hadamard.rotate_across(given, tiles.rounding_to(x.element_type))
             offsets = None
             line = Int64(batch) * x.shape[1] + row
             if cutlass.const_expr(self.rules.rounding != "nearest"):
                 group = line * (chunks * 4) + col // 16
-                random = contract.philox(keys, tiles.words_of(group), dice)
-                offsets = contract.offsets(contract.transpose_bits(random, 8))
+                random = random_bits.philox(keys, tiles.words_of(group), dice)
+                offsets = random_bits.offsets(contract.transpose_bits(random, 8))
             words: list[Any] = []
             scale = Uint32(0)
             if cutlass.const_expr(self.rules.format == "mxfp4"):

@@ -19,7 +19,15 @@ import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute
 from cutlass.cute import arch
 
-from fos_compile.kernels.cute import contract, filtered, filtered_tiles, ptx, shared, warp_tiles
+from fos_compile.kernels.cute import (
+    contract,
+    filtered,
+    filtered_tiles,
+    ptx,
+    shared,
+    tensor_constants,
+    warp_tiles,
+)
 from fos_compile.kernels.cute.host_quantize_tiles_staged import CTAS_PER_SM, THREADS
 
 WARPS = THREADS // 32
@@ -166,7 +174,7 @@ class QuantizeTilesStaged:
         if exists:
             warp_tiles.copy(memory.tile, x, here, source, here.top, lane)
         if lane == 0:
-            warp_tiles.store_constants(memory.constants, amax, self.rules.qs)
+            tensor_constants.store(memory.constants, amax, self.rules)
         # A lane has rows 4 u, ... of the tile in column c, and writes 8 bytes of each.
         u, c = lane >> 2, lane & 3
         mine = memory.tile + Uint32(u * 512 + ((c * 2) ^ (u & 1)) * 16)
@@ -176,7 +184,7 @@ class QuantizeTilesStaged:
         head = Uint32(1) if (u & 3) == 0 else Uint32(0)  # writes the scale of the tile
         for j in cutlass.range(rounds, unroll=1):
             warp_tiles.wait()
-            tensor, outside = warp_tiles.load_constants(memory.constants)
+            tensor, outside = tensor_constants.load(memory.constants)
             choice = self.choose(mine, tensor, half_exponents)
             found = warp_tiles.ballot(choice.near | outside)
             if lane == 0:
@@ -306,7 +314,7 @@ class QuantizeTilesStaged:
                 if lane >= 16:
                     entry = ptx.where_nonzero(near, ptx.find_low(near), NOTHING)
                 near = near & ptx.where_nonzero(near, near - 1, 0)
-            tensor, outside = warp_tiles.load_constants(memory.constants)
+            tensor, outside = tensor_constants.load(memory.constants)
             given = self.load_tile(x, memory, entry, lane)
             words, scale = contract.quantize_either(given, tensor, self.rules, None, outside)
             low, high = contract.transpose_bits(words, 4)

@@ -95,14 +95,6 @@ def column_of(rows: list[Any], side: Any) -> list[Any]:
     return [ptx.prmt(rows[i], rows[i + 1], selector) for i in range(0, 16, 2)]
 
 
-def column_pair(tile: Any, group: Any, pair: Any) -> tuple[list[Any], list[Any]]:
-    """The 16 bf16 of rows 16 group, ... of columns 2 pair and 2 pair + 1, eight words each."""
-    rows = column_rows(tile, group, pair)
-    even = [ptx.prmt(rows[i], rows[i + 1], 0x5410) for i in range(0, 16, 2)]
-    odd = [ptx.prmt(rows[i], rows[i + 1], 0x7632) for i in range(0, 16, 2)]
-    return even, odd
-
-
 def place_of_scale(row: Any, block: Any) -> Any:
     """Byte offset of a scale among the `SCALE_BYTES` of a tile: row and block in 0-127, 0-7."""
     return (block >> 2) * 512 + (row & 31) * 16 + (row >> 5) * 4 + (block & 3)

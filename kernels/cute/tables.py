@@ -11,6 +11,7 @@ from fos_compile.kernels import formats
 from fos_compile.kernels.cute import (
     host_amax_rotated,
     host_dequantize_blocks,
+    host_oriented,
     host_quantize_blocks,
     host_quantize_filtered,
     host_quantize_staged,
@@ -186,10 +187,10 @@ TABLES: dict[str, tuple[Entry, ...]] = {
     "quantize": (
         _ROWS,
         _staged(layout.vector, False, *DICE),
-        _staged(host_quantize_staged.columns, True, "nearest", *DICE),
+        _staged(host_oriented.columns, True, "nearest", *DICE),
         *_OTHERWISE,
         _tiles(layout.vector, False),
-        _tiles(host_quantize_staged.columns, True),
+        _tiles(host_oriented.columns, True),
         Entry(
             name="quantize_tiles",
             dtypes=formats.DTYPES,

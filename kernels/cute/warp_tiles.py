@@ -11,7 +11,7 @@ import cutlass
 from cutlass import Int32, Int64, Uint32, cute
 from cutlass.cute import arch
 
-from fos_compile.kernels.cute import contract, conversions, ptx, shared
+from fos_compile.kernels.cute import conversions, ptx, shared
 
 BAND, COLS = 128, 64
 """Rows and columns of a warp."""
@@ -99,19 +99,6 @@ def wait() -> None:
     """Wait for the copies of all lanes."""
     shared.wait_copies()
     arch.sync_warp()
-
-
-def store_constants(to: Any, amax: Any, qs: float) -> None:
-    """What is common to all tiles: two divisions."""
-    tensor = contract.tensor_of(ptx.load_f32(amax), qs)
-    numbers = [ptx.bits(number) for number in tensor]
-    shared.store_v4(to, [*numbers, contract.outside_midrange(tensor)])
-
-
-def load_constants(at: Any) -> tuple[contract.Tensor, Any]:
-    """The tensor's constants, and whether its amax is outside of `contract.MIDRANGE_AMAX`."""
-    amax, encode, decode, outside = shared.load_v4(at)
-    return contract.Tensor(ptx.real(amax), ptx.real(encode), ptx.real(decode)), outside
 
 
 def store_place(to: Any, batch: Any, top: Any, left: Any) -> None:

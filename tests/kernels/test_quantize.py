@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import re
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from vectors import (
     make,
     oracle,
@@ -253,3 +257,33 @@ def test_helpers_pass_every_option_on():
     opt = oracle.Options(rounding="stochastic", seed=5, stream=4, block="2d", rht=True)
     assert seed_tensor(opt).tolist() == [5]
     assert quantize_options(opt)["stream"] == 4 and quantize_options(opt)["rht"] is True
+
+
+SEED = torch.tensor([7])
+BAD = {
+    "two elements": ({"amax": torch.ones(2)}, "amax must be torch.float32 with one element"),
+    "float64": ({"amax": torch.ones((), dtype=torch.float64)}, "amax must be torch.float32"),
+    "amax elsewhere": ({"amax": torch.ones((), device="meta")}, "amax must be on cpu as x is"),
+    "seed of int32": ({"seed": SEED.int()}, "seed must be torch.int64 with one element"),
+    "two seeds": ({"seed": SEED.repeat(2)}, "seed must be torch.int64 with one element"),
+    "no seed": ({"seed": None}, "seed must be an int64 tensor"),
+    "rank": ({"x": torch.ones(16)}, "x must be"),
+    "dtype": ({"x": torch.ones(16, 64, dtype=torch.float64)}, "x must be bfloat16"),
+}
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize("pair", [False, True], ids=["quantize", "quantize_pair"])
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_arguments_are_named(bad, pair, fake):
+    changed, message = BAD[bad]
+    given = {"x": torch.ones(16, 64).bfloat16(), "amax": torch.ones(()), "seed": SEED, **changed}
+    x, amax, seed = given["x"], given["amax"], given["seed"]
+    mode = FakeTensorMode() if fake else nullcontext()
+    if fake:
+        x, amax, seed = (t if t is None else mode.from_tensor(t) for t in (x, amax, seed))
+    with mode, pytest.raises(FosError, match=re.escape(message)):
+        if pair:
+            torch.ops.fos.quantize_pair(x, amax, amax, seed, rounding_col="stochastic")
+        else:
+            torch.ops.fos.quantize(x, amax, seed, rounding="stochastic")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import sys
 import types
 from collections.abc import Callable, Container, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import ptx_model
 from lanes import LANES, Warp
@@ -163,6 +165,38 @@ def arithmetic() -> list[types.ModuleType]:
     """All modules that compute with `ptx`, however the arithmetic is divided among them."""
     ours = [name for name in sys.modules if name.startswith("fos_compile.kernels.cute.")]
     return [sys.modules[name] for name in ours if hasattr(sys.modules[name], "ptx")]
+
+
+def bind(monkeypatch: Any, kernel: Any, *modules: types.ModuleType) -> Callable[..., Any]:
+    """Let `modules` and the methods of a kernel run as Python; returns where a thread begins."""
+    bound = {name: types.MethodType(f, kernel) for name, f in plain(type(kernel)).items()}
+    for name, method in bound.items():
+        monkeypatch.setattr(kernel, name, method, raising=False)
+    for module in modules:
+        for name, value in {**DSL, **plain(module)}.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    return bound["kernel"]
+
+
+def memory_of(warp: Warp, tensors: Sequence[Any], x: Any) -> Memory:
+    """Global memory with these tensors, None left out, and all that a view reaches."""
+    memory = Memory(warp)
+    for tensor in tensors:
+        if tensor is not None:
+            content = of_tensor(tensor)
+            memory.add(tensor.data_ptr(), len(content), content)
+    add_span(memory, x)
+    return memory
+
+
+def matrix(*shape: int) -> torch.Tensor:
+    """bf16 of several magnitudes and some -0, always the same for a shape."""
+    generator = torch.Generator().manual_seed(math.prod(shape))
+    x = torch.randn(shape, generator=generator)
+    x *= torch.exp2(torch.randint(-2, 1, (*shape[:-1], 1), generator=generator))
+    x[..., 0, :5] = -0.0
+    return x.bfloat16()
 
 
 def matrix_of(x: Any) -> types.SimpleNamespace:

@@ -13,7 +13,7 @@ import ptx_model
 from fos_compile.kernels import formats
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
-from fos_compile.kernels.cute import contract, conversions, dequantize_blocks, hadamard
+from fos_compile.kernels.cute import contract, conversions, dequantize_blocks, hadamard, random_bits
 
 SEED, STREAM = -1234567890123456789, 5
 ROUND_TO = {
@@ -25,7 +25,7 @@ ROUND_TO = {
 
 @pytest.fixture(autouse=True)
 def model(monkeypatch, request):
-    ptx_model.install(monkeypatch, contract, dequantize_blocks)
+    ptx_model.install(monkeypatch, contract, hadamard, random_bits, dequantize_blocks)
     arch = getattr(request, "param", "sm_90a")
     with np.errstate(all="ignore"), conversions.target(arch):
         yield
@@ -81,10 +81,10 @@ def dice(rules, groups):
     if rules.rounding == "nearest":
         return None
     seed = words_of(np.asarray(SEED % 2**64))
-    words = contract.philox(
-        contract.keys_of(seed), words_of(groups), np.full(groups.shape, STREAM, np.uint32)
+    words = random_bits.philox(
+        random_bits.keys_of(seed), words_of(groups), np.full(groups.shape, STREAM, np.uint32)
     )
-    return contract.offsets(contract.transpose_bits(words, 8) if rules.block == "2d" else words)
+    return random_bits.offsets(contract.transpose_bits(words, 8) if rules.block == "2d" else words)
 
 
 def by_rows(x, amax, rules, rht, by):
@@ -95,7 +95,7 @@ def by_rows(x, amax, rules, rht, by):
     values = [blocks[:, i] for i in range(width)]
     if rht:
         starts = range(0, width, 16)
-        values = [v for i in starts for v in contract.rotate(values[i : i + 16], ROUND_TO[x.dtype])]
+        values = [v for i in starts for v in hadamard.rotate(values[i : i + 16], ROUND_TO[x.dtype])]
     first = np.arange(len(blocks)) * (width // 16)
     offsets = None
     if rules.rounding != "nearest":
@@ -114,7 +114,7 @@ def by_tiles(x, amax, rules, rht):
     warps = pad.reshape(tall // 16, 16, padded // 32, 32)
     values = [np.ascontiguousarray(warps[:, row]) for row in range(16)]
     if rht:
-        values = contract.rotate_across(values, ROUND_TO[x.dtype])
+        values = hadamard.rotate_across(values, ROUND_TO[x.dtype])
     lane = np.arange(32)
     row = np.arange(tall // 16)[:, None, None] * 16 + (lane & 15)
     groups = row * (padded // 16) + np.arange(padded // 32)[None, :, None] * 2 + (lane >> 4)
@@ -186,9 +186,9 @@ def unclipped(y, rule):
 
 EXPECTED, PHILOX, MUL_WIDE, OFFSETS = (
     contract._expected,
-    contract.philox,
+    random_bits.philox,
     ptx_model.mul_wide,
-    contract.offsets,
+    random_bits.offsets,
 )
 LEFT_TO_RIGHT = contract._left_to_right
 BY_RECIPROCAL = contract.Division(
@@ -207,9 +207,9 @@ MUTANTS = {
     "no clipping": (contract, "_expected", unclipped),
     "an infinite block is finite": (contract, "EXPONENT", 0x7F800001),
     "a wrong Philox multiplier": (ptx_model, "mul_wide", lambda a, b: MUL_WIDE(a, b ^ 4)),
-    "a fixed stream": (contract, "philox", lambda s, g, c: PHILOX(s, g, c * np.uint32(0))),
-    "the words of the seed swapped": (contract, "philox", lambda s, g, c: PHILOX(s[::-1], g, c)),
-    "bytes in another order": (contract, "offsets", lambda words: OFFSETS(words)[::-1]),
+    "a fixed stream": (random_bits, "philox", lambda s, g, c: PHILOX(s, g, c * np.uint32(0))),
+    "the words of the seed swapped": (random_bits, "philox", lambda s, g, c: PHILOX(s[::-1], g, c)),
+    "bytes in another order": (random_bits, "offsets", lambda words: OFFSETS(words)[::-1]),
     "a wrong sign of the transform": (hadamard, "SIGNS", "+++-+------+-+-+"),
     "quotients by reciprocals": (contract, "IEEE", BY_RECIPROCAL),
 }

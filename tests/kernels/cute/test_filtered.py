@@ -101,16 +101,16 @@ def a_little_more(x, factor):
     return CODE(x, factor * np.float32(1 + 2**-20))
 
 
-CODE = filtered._code
+CODE = filtered.code
 MUTANTS = {
     "no band": (filtered, "BAND", 0.0),
     "a narrow band": (filtered, "BAND", 0.0005),
     "no slope": (filtered, "SLOPE", 0.0),
     "a peak that forgets two elements": (filtered, "peak_bits", without_last(filtered.peak_bits)),
-    "a sum that forgets two elements": (filtered, "_total", without_last(filtered._total)),
+    "a sum that forgets two elements": (filtered, "total", without_last(filtered.total)),
     "a wrong magic number": (filtered, "HALF_512", 0x5C005C00),
     "a wrong shift of the codes": (filtered, "CODE_SHIFT", -20),
-    "ties up": (filtered, "_code", a_little_more),
+    "ties up": (filtered, "code", a_little_more),
     "negative zeros kept": (ptx_model, "clear_negative_zeros_bf16x2", lambda a: a),
     "signs kept in magnitudes": (filtered, "MAGNITUDES", 0xFFFF7FFF),
 }

@@ -11,7 +11,13 @@ import ptx_model
 from fos_compile.kernels import formats
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
-from fos_compile.kernels.cute import contract, filtered, filtered_stochastic, host_quantize_filtered
+from fos_compile.kernels.cute import (
+    contract,
+    filtered,
+    filtered_stochastic,
+    host_quantize_filtered,
+    random_bits,
+)
 
 CASES = [
     ("mse", "stochastic"),
@@ -24,7 +30,7 @@ SEED, STREAM = -1234567890123456789, 5
 
 @pytest.fixture(autouse=True)
 def model(monkeypatch):
-    ptx_model.install(monkeypatch, contract, filtered, filtered_stochastic)
+    ptx_model.install(monkeypatch, contract, filtered, filtered_stochastic, random_bits)
     with np.errstate(all="ignore"):
         yield
 
@@ -60,7 +66,7 @@ def quantize(x, amax, rule, rounding):
     pattern = SEED & 0xFFFFFFFFFFFFFFFF
     key = (np.uint32(pattern & 0xFFFFFFFF), np.uint32(pattern >> 32))
     group = (np.arange(len(x), dtype=np.uint32) * np.uint32(4), np.uint32(0))
-    dice = contract.philox(contract.keys_of(key), group, np.uint32(STREAM))
+    dice = random_bits.philox(random_bits.keys_of(key), group, np.uint32(STREAM))
     low, high = filtered_stochastic.codes(words, choice.inverse, dice)
     scale = np.asarray(choice.scale)
     got = np.stack([np.where(scale != 0, word, 0) for word in (low, high)], -1).astype(np.uint32)

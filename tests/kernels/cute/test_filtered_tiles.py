@@ -271,7 +271,7 @@ def without_last(function):
     return lambda values: function([*values[:-1], values[-1] * np.uint32(0)])
 
 
-CODE, COLUMN_WORDS = filtered_tiles._code, filtered_tiles.column_words
+CODE, COLUMN_WORDS = filtered.code, filtered_tiles.column_words
 SHUFFLE, TOP = ptx_model.shuffle_xor, filtered_tiles.top
 MUTANTS = {
     "no band": (filtered, "BAND", 0.0),
@@ -279,14 +279,14 @@ MUTANTS = {
     "no slope": (filtered, "SLOPE", 0.0),
     "a peak that forgets a row": (filtered_tiles, "top", lambda rows: TOP([*rows[:-1], rows[0]])),
     "a sum that forgets two elements": (
-        filtered_tiles,
-        "_total",
-        without_last(filtered_tiles._total),
+        filtered,
+        "total",
+        without_last(filtered.total),
     ),
     "half a tile": (ptx_model, "shuffle_xor", half_a_tile),
     "a wrong magic number": (filtered, "HALF_512", 0x5C005C00),
     "a wrong shift of the codes": (filtered, "CODE_SHIFT", -20),
-    "ties up": (filtered_tiles, "_code", a_little_more),
+    "ties up": (filtered, "code", a_little_more),
     "negative zeros kept": (ptx_model, "clear_negative_zeros_bf16x2", lambda a: a),
     "signs kept in magnitudes": (filtered, "MAGNITUDES", 0xFFFF7FFF),
     "signs in a tile of scale 0": (filtered_tiles, "signs_of", lambda _: np.uint32(0x08080808)),

@@ -8,8 +8,7 @@ import torch
 import stand_ins
 from cute_cases import LAYOUTS, SPECIAL, matrix
 from fos_compile.kernels import QUANTIZE, QUANTIZE_PAIR, cuda
-from fos_compile.kernels.cute import host_quantize_staged as host
-from fos_compile.kernels.cute import layout
+from fos_compile.kernels.cute import host_oriented, layout
 
 SEED = torch.tensor([-(2**40) + 3])
 ROW, COL = torch.tensor(3.0), torch.tensor(7.0)
@@ -88,7 +87,7 @@ def test_nearest_needs_no_seed(kernels):
 
 
 def test_the_reason_against_columns():
-    assert host.columns(torch.empty(64, 40).bfloat16().mT) == ""
-    assert "multiples of 8" in host.columns(torch.empty(64, 37).bfloat16().mT)
-    assert "contiguous" in host.columns(torch.empty(64, 64).bfloat16())
-    assert "[R, C]" in host.columns(torch.empty(8).bfloat16())
+    assert host_oriented.columns(torch.empty(64, 40).bfloat16().mT) == ""
+    assert "multiples of 8" in host_oriented.columns(torch.empty(64, 37).bfloat16().mT)
+    assert "contiguous" in host_oriented.columns(torch.empty(64, 64).bfloat16())
+    assert "[R, C]" in host_oriented.columns(torch.empty(8).bfloat16())

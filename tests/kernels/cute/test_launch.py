@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 import stand_ins
 from cute_cases import LAYOUTS, OPTIONS, combinations, is_valid, matrix, valid
 from fos_compile.kernels import AMAX, DEQUANTIZE, QUANTIZE, QUANTIZE_PAIR, cuda, formats, target
-from fos_compile.kernels.cute import host_quantize_staged, launch
+from fos_compile.kernels.cute import host_oriented, launch
 from fos_compile.kernels.errors import InvalidArgument, UnsupportedArgument
 from fos_compile.kernels.op import Status
 from fos_compile.passes.lower import lower
@@ -96,7 +96,7 @@ def test_the_fast_kernel_reads_any_matrix(kernels, rule, layout):
     actual = cuda.cuda_quantize(x, AMAX_, scale_rule=rule)
     assert same(actual, QUANTIZE.reference(x, AMAX_, scale_rule=rule))
     (key,) = kernels.launched
-    columns = host_quantize_staged.columns(x) == ""
+    columns = host_oriented.columns(x) == ""
     rows = dict(key.options)["vector"] and not dict(key.options)["by_column"]
     assert key.name == ("quantize_staged" if columns and not rows else "quantize_filtered")
     assert key.dtype == "bfloat16" and dict(key.options)["scale_rule"] == rule

@@ -14,7 +14,15 @@ import cute_cases
 import simt
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
-from fos_compile.kernels.cute import contract, fast, host_quantize_filtered, quantize_staged, staged
+from fos_compile.kernels.cute import (
+    contract,
+    fast,
+    host_quantize_filtered,
+    quantize_staged,
+    random_bits,
+    staged,
+    tensor_constants,
+)
 from fos_compile.kernels.cute import tiles as tiles_of_scales
 from fos_compile.kernels.cute.quantize_staged import QuantizeStaged, Side
 
@@ -50,13 +58,7 @@ def run(monkeypatch, x, amaxes, kernel, *, order="up", without=None):
     Barrier `without` is left out, counted from 0.
     """
     outputs, conflicts = outputs_of(x, kernel), set()
-    bound = {name: types.MethodType(f, kernel) for name, f in simt.plain(type(kernel)).items()}
-    for name, method in bound.items():
-        monkeypatch.setattr(kernel, name, method, raising=False)
-    for module in (quantize_staged, staged, contract):
-        for name, value in {**simt.DSL, **simt.plain(module)}.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
+    entry = simt.bind(monkeypatch, kernel, quantize_staged, staged, contract)
     monkeypatch.setattr(tiles_of_scales, "Uint32", simt.u32)
     matrix = simt.matrix_of(x)
     given = (*amaxes, SEED, *outputs)
@@ -67,17 +69,12 @@ def run(monkeypatch, x, amaxes, kernel, *, order="up", without=None):
     tiles = math.prod(simt.ceil_div(size, staged.SIDE) for size in x.shape[1:])
     for cta in itertools.product(range(tiles), range(len(x))):
         warp = simt.Warp(ORDERS[order])
-        memory = simt.Memory(warp)
-        for tensor in given:
-            if tensor is not None:
-                content = simt.of_tensor(tensor)
-                memory.add(tensor.data_ptr(), len(content), content)
-        simt.add_span(memory, x)
+        memory = simt.memory_of(warp, given, x)
         shared = simt.Shared(warp, 0)
         shared.source = memory
         with monkeypatch.context() as patch:
             install(patch, warp, memory, shared, cta, without)
-            warp.run(lambda lane: bound["kernel"](matrix, *addresses, *streams, exponents))
+            warp.run(lambda lane: entry(matrix, *addresses, *streams, exponents))
         conflicts |= shared.conflicts(IN_ORDER)
         for count, tensor in zip(written, outputs, strict=True):
             if tensor is not None:
@@ -91,7 +88,7 @@ def install(patch, warp, memory, shared, cta, without):
     ptx = simt.ptx_of(warp, memory)
     for module in simt.arithmetic():
         patch.setattr(module, "ptx", ptx)
-    for module in (quantize_staged, staged):
+    for module in (quantize_staged, staged, tensor_constants):
         patch.setattr(module, "shared", shared)
     passed = dict.fromkeys(LANES, -1)
 
@@ -110,17 +107,17 @@ def install(patch, warp, memory, shared, cta, without):
     # A block at a time would take minutes.
     exactly = warp.together(
         lambda words, tensor, rules, dice, outside, by=fast.exact: by(
-            words, tensor, rules, lambda: dice, outside
+            words, tensor, rules, dice and (lambda: dice), outside
         )
     )
     patch.setattr(
         fast,
         "exact",
         lambda words, tensor, rules, throw, outside: exactly(
-            words, tensor, rules, throw(), bool(outside)
+            words, tensor, rules, throw and throw(), bool(outside)
         ),
     )
-    for module, name in ((fast, "block"), (fast, "rotated"), (contract, "philox")):
+    for module, name in ((fast, "block"), (fast, "rotated"), (random_bits, "philox")):
         patch.setattr(module, name, warp.together(getattr(module, name)))
 
 
@@ -144,17 +141,9 @@ def check(monkeypatch, x, *amaxes, row=True, col=True, rule="mse", order="up", *
             assert not len(off), (i, wanted.shape, off[:8].tolist())
 
 
-def matrix(*shape):
-    generator = torch.Generator().manual_seed(math.prod(shape))
-    x = torch.randn(shape, generator=generator)
-    x *= torch.exp2(torch.randint(-2, 1, (*shape[:-1], 1), generator=generator))
-    x[..., 0, :5] = -0.0
-    return x.bfloat16()
-
-
 @pytest.mark.parametrize("shape", [(40, 88), (130, 136), (2, 24, 72)], ids=str)
 def test_both_orientations(monkeypatch, shape):
-    check(monkeypatch, matrix(*shape), 4.0, 9.0, **WGRAD)
+    check(monkeypatch, simt.matrix(*shape), 4.0, 9.0, **WGRAD)
 
 
 SINGLE = [
@@ -166,17 +155,17 @@ SINGLE = [
 
 @pytest.mark.parametrize("options", SINGLE, ids=str)
 def test_one_orientation(monkeypatch, options):
-    check(monkeypatch, matrix(72, 136), 4.0, 4.0, order="down", **options)
+    check(monkeypatch, simt.matrix(72, 136), 4.0, 4.0, order="down", **options)
 
 
 def test_dice_for_both(monkeypatch):
     options = {"rounding_row": "stochastic_unbiased", "rounding_col": "stochastic"}
-    check(monkeypatch, matrix(40, 88), 5.0, 4.0, **options)
+    check(monkeypatch, simt.matrix(40, 88), 5.0, 4.0, **options)
 
 
 def beyond_amax():
     """Most blocks saturate at an amax of 0.5, which a filter leaves to the contract."""
-    x = matrix(50, 80)
+    x = simt.matrix(50, 80)
     x[3, 5], x[20, 79], x[49, 30] = math.nan, math.inf, -math.inf
     return x
 
@@ -201,21 +190,21 @@ AMAXES = [
 @pytest.mark.parametrize("amaxes", AMAXES, ids=str)
 def test_amaxes(monkeypatch, amaxes):
     """Outside of the range of the filter every block is undecided, also those of the padding."""
-    x = matrix(40, 88)
+    x = simt.matrix(40, 88)
     finite = [amax for amax in amaxes if 0 < amax < math.inf]
     factor = min(finite, default=1.0) / 4
     check(monkeypatch, (x.float() * factor).bfloat16(), *amaxes, **WGRAD)
 
 
 def test_the_queue_is_as_long_as_the_tile_has_blocks(monkeypatch):
-    x = (matrix(128, 128).float() * MOST).bfloat16()
+    x = (simt.matrix(128, 128).float() * MOST).bfloat16()
     amax = float(x.float().abs().max())
     assert amax > MOST
     check(monkeypatch, x, amax, amax, **WGRAD)
 
 
 def test_an_infinite_amax_shows_in_the_padding(monkeypatch):
-    x, amax = matrix(1, 40, 88), torch.tensor(math.inf)
+    x, amax = simt.matrix(1, 40, 88), torch.tensor(math.inf)
     kernel = QuantizeStaged(Side(contract.Rules(), rht=False), None)
     (values, scales, *_), _ = run(monkeypatch, x, [amax, amax], kernel)
     assert not values.any()
@@ -224,9 +213,9 @@ def test_an_infinite_amax_shows_in_the_padding(monkeypatch):
 
 
 VIEWS = {
-    "expanded": lambda: matrix(1, 72).expand(40, 72),
-    "expanded batch": lambda: matrix(40, 72).expand(2, 40, 72),
-    "sliced": lambda: cute_cases.padded_storage(matrix(2, 40, 72), 8, 16)[:, 3:],
+    "expanded": lambda: simt.matrix(1, 72).expand(40, 72),
+    "expanded batch": lambda: simt.matrix(40, 72).expand(2, 40, 72),
+    "sliced": lambda: cute_cases.padded_storage(simt.matrix(2, 40, 72), 8, 16)[:, 3:],
 }
 
 
@@ -237,7 +226,7 @@ def test_views(monkeypatch, view):
 
 
 def test_static_6(monkeypatch):
-    check(monkeypatch, matrix(40, 88), 1.5, 1.5, rule="static_6", **WGRAD)
+    check(monkeypatch, simt.matrix(40, 88), 1.5, 1.5, rule="static_6", **WGRAD)
 
 
 READS = {
@@ -360,5 +349,5 @@ def test_a_swizzle_with_conflicts_is_seen(monkeypatch):
     monkeypatch.setattr(staged, "turn", lambda place, j: place + j * staged.ROWS_A_TURN * 256)
     kernel = QuantizeStaged(None, Side(contract.Rules(), rht=False))
     amaxes = [torch.tensor(4.0)] * 2
-    _, conflicts = run(monkeypatch, matrix(1, 40, 88), amaxes, kernel)
+    _, conflicts = run(monkeypatch, simt.matrix(1, 40, 88), amaxes, kernel)
     assert conflicts == {"load word"}

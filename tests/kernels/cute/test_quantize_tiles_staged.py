@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import types
 
 import pytest
@@ -24,6 +23,7 @@ from fos_compile.kernels.cute import (
     host_quantize_filtered,
     layout,
     quantize_tiles_staged,
+    tensor_constants,
     warp_tiles,
 )
 from fos_compile.kernels.cute import host_quantize_tiles_staged as host
@@ -40,13 +40,7 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
         values, scales = QUANTIZE.reference(torch.zeros(batch, r, c).bfloat16(), torch.ones(()))
         outputs += [values.fill_(0xA5), scales.fill_(0xA5)] if wanted else [None, None]
     kernel = quantize_tiles_staged.QuantizeTilesStaged(rules, row=row, col=col)
-    bound = {name: types.MethodType(f, kernel) for name, f in simt.plain(type(kernel)).items()}
-    for name, method in bound.items():
-        monkeypatch.setattr(kernel, name, method, raising=False)
-    for module in (quantize_tiles_staged, warp_tiles, contract):
-        for name, value in {**simt.DSL, **simt.plain(module)}.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
+    entry = simt.bind(monkeypatch, kernel, quantize_tiles_staged, warp_tiles, contract)
     matrix = simt.matrix_of(x)
     addresses = [0 if given is None else given.data_ptr() for given in (*amaxes, *outputs)]
     exponents = simt.u32(host_quantize_filtered.HALF_EXPONENTS)
@@ -54,12 +48,7 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
     ctas = range(simt.ceil_div(rows, warp_tiles.BAND) * kernel.groups(matrix)), range(batch)
     for *cta, which in itertools.product(*ctas, range(warps)):
         warp = simt.Warp(ORDERS[order])
-        memory = simt.Memory(warp)
-        for tensor in (*amaxes, *outputs):
-            if tensor is not None:
-                content = simt.of_tensor(tensor)
-                memory.add(tensor.data_ptr(), len(content), content)
-        simt.add_span(memory, x)
+        memory = simt.memory_of(warp, (*amaxes, *outputs), x)
         shared = simt.Shared(warp, warps * warp_tiles.BYTES)
         shared.source = memory
         ptx = simt.ptx_of(warp, memory)
@@ -79,10 +68,12 @@ def run(monkeypatch, x, amaxes, rules, *, row, col, order="up"):
                 alloc_smem=lambda kind, size, alignment: 0,
             ),
         }
-        for module, name in itertools.product((quantize_tiles_staged, warp_tiles), replaced):
+        for module, name in itertools.product(
+            (quantize_tiles_staged, warp_tiles, tensor_constants), replaced
+        ):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replaced[name])
-        warp.run(lambda lane: bound["kernel"](matrix, *addresses, exponents))
+        warp.run(lambda lane: entry(matrix, *addresses, exponents))
         conflicts |= shared.conflicts()
     return outputs, conflicts
 
@@ -102,20 +93,12 @@ def check(monkeypatch, x, *amaxes, rule="mse", row=True, col=True, order="up"):
                 assert not len(off), (transpose, got.shape, off[:8].tolist())
 
 
-def matrix(*shape):
-    generator = torch.Generator().manual_seed(math.prod(shape))
-    x = torch.randn(shape, generator=generator)
-    x *= torch.exp2(torch.randint(-2, 1, (*shape[:-1], 1), generator=generator))
-    x[..., 0, :5] = -0.0
-    return x.bfloat16()
-
-
 SHAPES = [(16, 16), (40, 88), (130, 72), (1, 64), (65, 8), (2, 33, 136)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_orientations(monkeypatch, shape):
-    x = matrix(*shape)
+    x = simt.matrix(*shape)
     amax = float(x.abs().max())
     check(monkeypatch, x, amax, amax)
 
@@ -124,7 +107,7 @@ def test_both_orientations(monkeypatch, shape):
 @pytest.mark.parametrize("sides", ["row", "col"])
 @pytest.mark.parametrize("shape", [(40, 88), (130, 72), (2, 33, 136)], ids=str)
 def test_one_orientation(monkeypatch, shape, sides, order):
-    x = matrix(*shape)
+    x = simt.matrix(*shape)
     amax = float(x.abs().max())
     check(monkeypatch, x, amax, amax, row=sides == "row", col=sides == "col", order=order)
 
@@ -153,7 +136,7 @@ AMAXES = [
 def test_amaxes(monkeypatch, amaxes, rule):
     """Outside of the range of the filter every tile is undecided; if they differ, all is done
     twice."""
-    check(monkeypatch, matrix(33, 72), *amaxes, rule=rule)
+    check(monkeypatch, simt.matrix(33, 72), *amaxes, rule=rule)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -165,14 +148,14 @@ def test_undecided_tiles(monkeypatch, sides, order):
 
 
 def test_static_6(monkeypatch):
-    x = matrix(40, 88)
+    x = simt.matrix(40, 88)
     check(monkeypatch, x, 1.5, 1.5, rule="static_6")
 
 
 def test_reads_nothing_beside_a_view(monkeypatch):
     wide = torch.full((2, 50, 96), float("nan")).bfloat16()
     x = wide[:, 3:43, 8:80]
-    x.copy_(matrix(2, 40, 72))
+    x.copy_(simt.matrix(2, 40, 72))
     check(monkeypatch, x, 4.0, 4.0)
 
 
@@ -327,6 +310,7 @@ def test_the_host_calls_what_it_compiles():
     for name, key in KEYS.items():
         kernel = build.load(key, build.object_file(key, "sm_90a"))
         given = x.mT if name.startswith("col") else x
+        amaxes = (ROW,) if "rounding" in dict(key.options) else (ROW, COL)
         launch = host.prepare(kernel, 132, key, given)
         with pytest.raises(ValueError, match="device_type=cuda"):
-            launch(given, ROW, COL, None, 0)
+            launch(given, *amaxes, None, 0)
