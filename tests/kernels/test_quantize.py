@@ -260,7 +260,7 @@ def test_helpers_pass_every_option_on():
 
 
 SEED = torch.tensor([7])
-BAD = {
+BAD_NUMBERS = {
     "two elements": ({"amax": torch.ones(2)}, "amax must be torch.float32 with one element"),
     "float64": ({"amax": torch.ones((), dtype=torch.float64)}, "amax must be torch.float32"),
     "amax elsewhere": ({"amax": torch.ones((), device="meta")}, "amax must be on cpu as x is"),
@@ -274,9 +274,9 @@ BAD = {
 
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
 @pytest.mark.parametrize("pair", [False, True], ids=["quantize", "quantize_pair"])
-@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("bad", BAD_NUMBERS)
 def test_bad_arguments_are_named(bad, pair, fake):
-    changed, message = BAD[bad]
+    changed, message = BAD_NUMBERS[bad]
     given = {"x": torch.ones(16, 64).bfloat16(), "amax": torch.ones(()), "seed": SEED, **changed}
     x, amax, seed = given["x"], given["amax"], given["seed"]
     mode = FakeTensorMode() if fake else nullcontext()
