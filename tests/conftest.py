@@ -8,12 +8,19 @@ packages ahead of the installed ones.
 from __future__ import annotations
 
 import os
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from fos_compile.kernels.cpu import build
 from fos_compile.kernels.op import Status
+
+# `tests.emulator` is a package of its own; its parent stays off sys.path (above).
+if "__path__" not in vars(sys.modules.setdefault("tests", types.ModuleType("tests"))):
+    sys.modules["tests"].__path__ = [str(Path(__file__).parent)]
 
 # Read at Inductor's first import; one compile worker a test process is enough on two cores, and
 # a pool that outlives the test would distort the next one's timing.

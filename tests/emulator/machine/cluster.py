@@ -1,0 +1,191 @@
+"""A cluster of CTAs under way: memories, barriers, and the scheduler of its warps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tests.emulator.errors import Deadlock, Fault
+from tests.emulator.machine.barriers import ClusterBarrier, NamedBarrier
+from tests.emulator.machine.clocks import Agents
+from tests.emulator.machine.engine import Engine
+from tests.emulator.machine.registers import FULL
+from tests.emulator.machine.shared_memory import SharedMemory
+from tests.emulator.machine.tensor_memory import TensorMemory
+from tests.emulator.machine.warp import Group, Warp
+
+if TYPE_CHECKING:
+    from tests.emulator.machine.program import Program, Settings
+
+QUANTUM = 4096
+"""Instructions a warp executes before another has its turn, in round robin."""
+
+PATIENCE = 8
+"""Rounds in which nothing but polling happens before the kernel counts as deadlocked."""
+
+Dim = tuple[int, int, int]
+
+
+class Cta:
+    """A thread block."""
+
+    def __init__(self, cluster: Cluster, index: Dim, rank: int) -> None:
+        program = cluster.program
+        self.cluster = cluster
+        self.index = index
+        self.rank = rank
+        self.name = f"CTA {index}" if cluster.size == 1 else f"CTA {index} (rank {rank})"
+        self.shared = SharedMemory(self.name, program.shared_bytes, cluster.agents)
+        self.tensor = TensorMemory(self.name, cluster.agents)
+        self.named: dict[int, NamedBarrier] = {}
+        self.warps: list[Warp] = []
+        x, y, z = program.launch.block
+        threads = x * y * z
+        for number in range(-(-threads // 32)):
+            mask = FULL if threads >= 32 * (number + 1) else (1 << threads - 32 * number) - 1
+            agent = cluster.agents.add(f"{self.name} warp {number}")
+            warp = Warp(self, number, mask, program.code, agent)
+            program.fill(warp)
+            self.warps.append(warp)
+
+    @property
+    def threads(self) -> int:
+        """Threads that take part in bar.sync without a count: whole warps that have not exited."""
+        return 32 * sum(not warp.done for warp in self.warps)
+
+    def barrier(self, number: int) -> NamedBarrier:
+        """The bar.sync barrier of this number."""
+        if number not in self.named:
+            self.named[number] = NamedBarrier(self.cluster.agents.vector())
+        return self.named[number]
+
+
+class Cluster:
+    """CTAs that run together; `size` 1 for a kernel without clusters."""
+
+    def __init__(self, program: Program, ctas: list[Dim], settings: Settings) -> None:
+        self.program = program
+        self.settings = settings
+        self.size = len(ctas)
+        x, y, z = program.launch.block
+        warps = self.size * -(-x * y * z // 32)
+        self.agents = Agents(4 * warps + 256 * self.size)
+        self.generator = random.Random(f"{settings.seed} {ctas[0]}")
+        self.engine = Engine(settings.mode, self.generator)
+        self.barrier = ClusterBarrier(self.agents.vector(), self.agents.vector())
+        program.memory.start_cluster(self.agents)
+        self.ctas = [Cta(self, index, rank) for rank, index in enumerate(ctas)]
+        self.warps = [warp for cta in self.ctas for warp in cta.warps]
+        self.events = 0
+        self.executed = 0
+        self.requests: dict[int, dict[int, int]] = {}
+        self.answers: dict[int, int] = {}
+        """Tensor memory that pairs of CTAs asked for, and what they got."""
+        self.published: dict[Any, np.ndarray] = {}
+        """What strong writes made known, by place."""
+        self.at_exit: list[Callable[[], None]] = []
+        """Checks that instructions leave for the end of the kernel."""
+
+    def event(self) -> None:
+        """Something happened that a polling warp may be waiting for."""
+        self.events += 1
+
+    def lanes_left(self, warp: Warp) -> None:
+        """Lanes of a warp have exited: barriers that count the living may complete."""
+        self.event()
+        if not warp.groups and all(w.done for w in warp.cta.warps):
+            self.cta_left(warp.cta)
+        self.check_barrier()
+
+    def cta_left(self, cta: Cta) -> None:
+        """A CTA is over: its shared memory is nobody's from here on."""
+        if self.size > 1:
+            cta.shared.exited = True
+
+    def check_barrier(self) -> None:
+        """Complete the cluster's barrier if every living warp has arrived."""
+        living = [warp for warp in self.warps if not warp.done]
+        if living and self.barrier.arrived and self.barrier.arrived >= len(living):
+            self.barrier.complete()
+            self.event()
+
+    # Scheduling --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Execute until every warp has exited; raises what the kernel did wrong."""
+        idle = 0
+        while not all(warp.done for warp in self.warps):
+            before = self.events
+            ran = self._round()
+            if self.executed > self.settings.max_instructions:
+                raise Deadlock(
+                    f"{self.executed} instructions and no end (max_instructions)\n{self.report()}"
+                )
+            completed = self.engine.advance(stuck=not ran)
+            if ran or completed:
+                idle = 0
+                continue
+            timed_out = [warp.time_out() for warp in self.warps if not warp.done]
+            idle = 0 if self.events != before else idle + 1
+            if not any(timed_out) or idle > PATIENCE:
+                raise Deadlock(self.report())
+        self._finish()
+
+    def _finish(self) -> None:
+        self.engine.finish()
+        for check in self.at_exit:
+            check()
+
+    def _round(self) -> bool:
+        """Give warps their turn; whether anything ran."""
+        warps = [warp for warp in self.warps if not warp.done]
+        quantum = QUANTUM
+        if self.settings.schedule == "random":
+            self.generator.shuffle(warps)
+            quantum = self.generator.choice((1, 7, 40, 300))
+        ran = False
+        for warp in warps:
+            group = self._choose(warp)
+            if group is not None:
+                ran = True
+                self._execute(warp, group, quantum)
+                if self.settings.mode == "random":
+                    self.engine.advance(stuck=False)
+        return ran
+
+    def _choose(self, warp: Warp) -> Group | None:
+        groups = warp.runnable()
+        if not groups:
+            return None
+        if self.settings.schedule == "random":
+            return self.generator.choice(groups)
+        return min(groups, key=lambda group: group.pc)
+
+    def _execute(self, warp: Warp, group: Group, quantum: int) -> None:
+        before = warp.executed
+        try:
+            warp.run(group, quantum)
+        except Fault as fault:
+            raise self.program.located(fault, warp) from None
+        finally:
+            self.executed += warp.executed - before
+
+    def report(self) -> str:
+        """What every warp waits for, for a deadlock."""
+        lines = []
+        for warp in self.warps:
+            for group in warp.groups:
+                where = self.program.where(group.pc)
+                lanes = "" if group.mask == FULL else f" lanes {group.mask:#010x}"
+                if group.parked:
+                    reason = "needs all its lanes together"
+                elif group.wait is not None:
+                    reason = group.wait.reason()
+                else:
+                    reason = "can run"
+                lines.append(f"  {warp.name}{lanes} at {where}: {reason}")
+        lines += [f"  under way: {o.name} of line {o.line}" for o in self.engine.pending]
+        return "\n".join(lines)
