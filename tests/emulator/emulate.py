@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from tests.emulator.host.arguments import storage
 from tests.emulator.launch import Launch
 from tests.emulator.machine.global_memory import GlobalMemory, Range
 from tests.emulator.machine.program import Program, Settings
+
+DEFAULTS: ContextVar[Settings | None] = ContextVar("DEFAULTS", default=None)
+"""Settings of calls that name none."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def emulate(
         UnsupportedError: What the emulator does not implement.
         ArgumentsError: Arguments that do not fit.
     """
-    settings = settings or Settings()
+    settings = settings or DEFAULTS.get() or Settings()
     host = compiled if isinstance(compiled, Host) else load(compiled, sm_count)
     space = GlobalMemory()
     wanted = {t.data_ptr() for t in outputs}

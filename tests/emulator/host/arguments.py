@@ -1,144 +1,198 @@
-"""Python values as compiled host code takes them.
+"""Arguments of a host function: what was promised at compile time against what is passed.
 
-The C interface passes every argument by address: a tensor as a struct of its pointer and those of
-its sizes (int32) and strides (int64) that are not compiled in, in the order of dimensions.
+The DSL keeps no record of the placeholders that a function was compiled for, and without TVM-FFI
+checks nothing at a call. :func:`record_placeholders`, called when this package is imported, keeps
+them with every function compiled from then on.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
-from dataclasses import dataclass
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import cuda.bindings.driver as cuda
+import numpy as np
 import torch
-from torch import Tensor
+from cutlass.base_dsl.jit_executor import ExecutionArgs
+from cutlass.base_dsl.typing import Integer, Numeric
+from cutlass.cute.runtime import _FakeStream
+from cutlass.cute.typing import Pointer
+from cutlass.cute.typing import Tensor as CuteTensor
 
 from tests.emulator.errors import ArgumentsError
 
-_TENSOR = re.compile(
-    r"typedef struct \{\s*void \*data;(?P<body>.*?)\}\s*\w+_Tensor_(?P<name>\w+)_t;", re.DOTALL
-)
-_SCALARS: dict[str, Any] = {
-    "int8_t": ctypes.c_int8, "uint8_t": ctypes.c_uint8, "int16_t": ctypes.c_int16,
-    "uint16_t": ctypes.c_uint16, "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32,
-    "int64_t": ctypes.c_int64, "uint64_t": ctypes.c_uint64, "float": ctypes.c_float,
-    "double": ctypes.c_double, "bool": ctypes.c_bool,
-}  # fmt: skip
+_STORAGE = {
+    "Float64": (torch.float64,),
+    "Float32": (torch.float32,),
+    "TFloat32": (torch.float32,),
+    "Float16": (torch.float16,),
+    "BFloat16": (torch.bfloat16,),
+    "Int64": (torch.int64,),
+    "Int32": (torch.int32,),
+    "Int16": (torch.int16,),
+    "Int8": (torch.int8,),
+    "Uint64": (torch.uint64, torch.int64),
+    "Uint32": (torch.uint32, torch.int32),
+    "Uint16": (torch.uint16, torch.int16),
+    "Uint8": (torch.uint8,),
+    "Boolean": (torch.bool, torch.uint8),
+    "Float8E4M3FN": (torch.float8_e4m3fn, torch.uint8),
+    "Float8E5M2": (torch.float8_e5m2, torch.uint8),
+    "Float8E8M0FNU": (torch.float8_e8m0fnu, torch.uint8),
+    "Float4E2M1FN": (torch.float4_e2m1fn_x2, torch.uint8),
+}
+"""Element type of the DSL -> dtypes that may hold it; the first is what host code is told."""
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One argument of a host function."""
+def record_placeholders() -> None:
+    """Have the DSL keep what a function was compiled for, as `placeholders` of its arguments."""
+    original = ExecutionArgs.record_arg_specs_from_compile_args
+    if getattr(original, "records", False):
+        return
 
-    name: str
-    kind: str
-    """``tensor``, ``pointer``, ``stream`` or a C type."""
-    shapes: int = 0
-    strides: int = 0
-    shape_bits: int = 32
+    def record(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        original(self, args, kwargs)
+        self.placeholders = self.get_rectified_args(args, kwargs) if args or kwargs else []
 
-
-def parameters(header: Any) -> list[Parameter]:
-    """Those of a compiled function, from what the DSL would write into a C header."""
-    if header is None or header.error_msg is not None:
-        reason = header.error_msg if header else "it has no arguments"
-        raise ArgumentsError(f"the DSL cannot describe this function's arguments in C: {reason}")
-    tensors = {}
-    for found in _TENSOR.finditer("\n".join(header.declarations)):
-        body = found["body"]
-        shape = re.search(r"int(\d+)_t dynamic_shapes\[(\d+)\]", body)
-        stride = re.search(r"dynamic_strides\[(\d+)\]", body)
-        tensors[found["name"]] = (
-            int(shape[2]) if shape else 0,
-            int(stride[1]) if stride else 0,
-            int(shape[1]) if shape else 32,
-        )
-    return [_parameter(text.strip(), tensors) for text in header.arguments]
+    record.records = True
+    ExecutionArgs.record_arg_specs_from_compile_args = record
 
 
-def _parameter(text: str, tensors: dict[str, tuple[int, int, int]]) -> Parameter:
-    kind, name = re.split(r"[\s*]+(?=\w+$)", text)
-    kind = kind.strip()
-    if "_Tensor_" in kind:
-        return Parameter(name, "tensor", *tensors[name])
-    if "tream" in kind:
-        return Parameter(name, "stream")
-    if "*" in text:
-        return Parameter(name, "pointer")
-    if kind not in _SCALARS:
-        raise ArgumentsError(f"argument {name} of C type {kind} is not supported")
-    return Parameter(name, kind)
+class Signature:
+    """Parameters of a host function by position, with their placeholders where known."""
 
-
-def pack(wanted: list[Parameter], given: tuple[Any, ...]) -> list[Any]:
-    """ctypes values to pass by address, streams filled in."""
-    visible = [p for p in wanted if p.kind != "stream"]
-    if len(given) != len(visible):
-        names = ", ".join(p.name for p in visible)
-        raise ArgumentsError(f"{len(visible)} arguments are required ({names}), got {len(given)}")
-    values = iter(given)
-    return [ctypes.c_void_p(0) if p.kind == "stream" else _packed(p, next(values)) for p in wanted]
-
-
-def _packed(parameter: Parameter, value: Any) -> Any:
-    if parameter.kind == "tensor":
-        if not isinstance(value, Tensor):
-            raise ArgumentsError(f"{parameter.name} must be a tensor, got {type(value).__name__}")
-        return _tensor(parameter, value)
-    if isinstance(value, Tensor):
-        value = address(value, parameter.name)
-    if parameter.kind == "pointer":
-        return ctypes.c_void_p(value)
-    return _SCALARS[parameter.kind](value)
-
-
-def address(tensor: Tensor, name: str) -> int:
-    """Where a CPU tensor's first element is."""
-    if tensor.device.type != "cpu":
-        raise ArgumentsError(f"{name} must be on the CPU, got {tensor.device}")
-    return tensor.data_ptr()
-
-
-def _tensor(parameter: Parameter, tensor: Tensor) -> Any:
-    pointer = address(tensor, parameter.name)
-    shape, strides = list(tensor.shape), list(tensor.stride())
-    if parameter.shapes not in (0, len(shape)):
-        raise ArgumentsError(
-            f"{parameter.name} must have {parameter.shapes} dimensions whose size is not compiled "
-            f"in, got {tuple(shape)}"
-        )
-    if parameter.strides == len(strides) - 1 and 1 in strides:
-        # The contiguous dimension's stride is compiled in: the last of stride 1.
-        del strides[len(strides) - 1 - strides[::-1].index(1)]
-    elif parameter.strides == 0:
-        strides = []
-    if parameter.strides != len(strides):
-        raise ArgumentsError(
-            f"{parameter.name} must have {parameter.strides} strides that are not compiled in, got "
-            f"{tensor.stride()}"
-        )
-    size = ctypes.c_int64 if parameter.shape_bits == 64 else ctypes.c_int32
-
-    class Struct(ctypes.Structure):
-        _fields_ = [
-            ("data", ctypes.c_void_p),
-            ("shapes", size * parameter.shapes),
-            ("strides", ctypes.c_int64 * parameter.strides),
+    def __init__(self, name: str, arguments: ExecutionArgs) -> None:
+        self.name = name
+        parameters = list(arguments.signature.parameters.values())
+        self.names = [parameter.name for parameter in parameters]
+        self.known = hasattr(arguments, "placeholders")
+        empty = [None] * len(parameters)
+        self.placeholders: list[Any] = getattr(arguments, "placeholders", None) or empty
+        self.types = [
+            None if parameter.annotation is inspect.Parameter.empty else parameter.annotation
+            for parameter in parameters
         ]
 
-    sizes = (size * parameter.shapes)(*shape[: parameter.shapes])
-    return Struct(pointer, sizes, (ctypes.c_int64 * parameter.strides)(*strides))
+    def is_stream(self, index: int) -> bool:
+        """Whether a parameter is a stream, which callers may leave out."""
+        is_placeholder = isinstance(self.placeholders[index], _FakeStream | cuda.CUstream)
+        return is_placeholder or self.types[index] is cuda.CUstream
+
+    def bind(self, given: Sequence[Any]) -> list[Any]:
+        """One checked value a parameter; None where it is a stream."""
+        streams = {i for i in range(len(self.names)) if self.is_stream(i)}
+        wanted = [name for i, name in enumerate(self.names) if i not in streams]
+        if len(given) == len(self.names) and streams:
+            given = [value for i, value in enumerate(given) if i not in streams]
+        if len(given) != len(wanted):
+            raise ArgumentsError(
+                f"{self.name} takes {len(wanted)} arguments without its stream "
+                f"({', '.join(wanted)}), {len(given)} were given"
+            )
+        values = iter(given)
+        return [
+            None if i in streams else self._checked(i, name, next(values))
+            for i, name in enumerate(self.names)
+        ]
+
+    def _checked(self, index: int, name: str, value: Any) -> Any:
+        where = f"argument {index} ({name}) of {self.name}"
+        if not self.known:
+            return value
+        return checked(where, self.placeholders[index], self.types[index], value)
 
 
-def storage(tensor: Tensor) -> tuple[int, torch.Tensor]:
-    """Address of the first byte, and [bytes] bool: which of the span's bytes are elements."""
-    owned = torch.zeros(0, dtype=torch.bool)
+def checked(where: str, placeholder: Any, kind: Any, value: Any) -> Any:
+    """`value` as its placeholder promised it: a tensor in its dtype, a pointer as its address."""
+    if isinstance(placeholder, CuteTensor):
+        return _tensor(where, placeholder, value)
+    if isinstance(placeholder, Pointer):
+        return _address(where, placeholder, value)
+    if isinstance(placeholder, list | tuple):
+        if not isinstance(value, list | tuple) or len(placeholder) != len(value):
+            raise ArgumentsError(
+                f"{where}: a tuple of {len(placeholder)} values is required, got {value}"
+            )
+        pairs = zip(placeholder, value, strict=True)
+        return tuple(checked(f"value {i} of {where}", p, None, v) for i, (p, v) in enumerate(pairs))
+    number = type(placeholder) if isinstance(placeholder, Numeric) else kind
+    if isinstance(number, type) and issubclass(number, Numeric):
+        return _number(where, number, value)
+    if isinstance(value, torch.Tensor):
+        raise ArgumentsError(f"{where}: a tensor was given where none was compiled for")
+    return value
+
+
+def _tensor(where: str, placeholder: Any, value: Any) -> Any:
+    if isinstance(value, CuteTensor):
+        return value
+    if not isinstance(value, torch.Tensor):
+        raise ArgumentsError(f"{where}: a tensor is required, got {type(value).__name__}")
+    value = _as_element(where, placeholder.element_type, value)
+    rank = len(placeholder.shape)
+    if value.dim() != rank:
+        raise ArgumentsError(f"{where}: rank {rank} is required, got shape {tuple(value.shape)}")
+    return value
+
+
+def _as_element(where: str, element: Any, value: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor seen in the dtype of an element type."""
+    if value.device.type != "cpu":
+        raise ArgumentsError(f"{where}: a CPU tensor is required, got one on {value.device}")
+    if element is None:
+        return value.detach()
+    allowed = _STORAGE.get(element.__name__)
+    if allowed is None:
+        raise ArgumentsError(f"{where}: no torch dtype is known for {element.__name__}")
+    if value.dtype not in allowed:
+        names = " or ".join(str(dtype) for dtype in allowed)
+        raise ArgumentsError(
+            f"{where}: {names} is required ({element.__name__}), got {value.dtype}"
+        )
+    return value.detach().view(allowed[0])
+
+
+def _address(where: str, placeholder: Any, value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        value = _as_element(where, placeholder.dtype, value).data_ptr()
+    elif isinstance(value, Pointer):
+        value = value._pointer
+    elif isinstance(value, ctypes.c_void_p):
+        value = value.value or 0
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArgumentsError(
+            f"{where}: an address or a tensor is required, got {type(value).__name__}"
+        )
+    align = placeholder._assumed_align or 1
+    if value % align:
+        raise ArgumentsError(f"{where}: {align}-byte alignment is required, got {value:#x}")
+    return value
+
+
+def _number(where: str, kind: Any, value: Any) -> Any:
+    if isinstance(value, Numeric):
+        return value
+    whole = issubclass(kind, Integer)
+    if not isinstance(value, int if whole else int | float):
+        raise ArgumentsError(f"{where}: {kind.__name__} is required, got {type(value).__name__}")
+    if whole and kind.width > 1:
+        low, high = (-(2 ** (kind.width - 1)), 2**kind.width)
+        if not (low if kind.signed else 0) <= value < (high // 2 if kind.signed else high):
+            raise ArgumentsError(f"{where}: {value} does not fit in {kind.__name__}")
+    return value
+
+
+def storage(tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """The address that a tensor's elements start at, and which bytes from there on are theirs."""
     if not tensor.numel():
-        return tensor.data_ptr(), owned
+        return tensor.data_ptr(), torch.zeros(0, dtype=torch.bool)
     size = tensor.element_size()
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    span = 1 + sum((n - 1) * s for n, s in steps)
-    owned = torch.zeros(span, dtype=torch.bool)
-    owned.as_strided(tensor.shape, tensor.stride()).fill_(True)
-    return tensor.data_ptr(), owned.repeat_interleave(size)
+    pairs = list(zip(tensor.shape, tensor.stride(), strict=True))
+    owned = np.zeros((sum((n - 1) * stride for n, stride in pairs) + 1) * size, bool)
+    view = np.lib.stride_tricks.as_strided(
+        owned, (*tensor.shape, size), (*(stride * size for _, stride in pairs), 1)
+    )
+    view[...] = True
+    return tensor.data_ptr(), torch.from_numpy(owned)

@@ -68,7 +68,7 @@ class Place:
 
 
 def locate(warp: Warp, space: str, addresses: np.ndarray) -> list[tuple[Place, np.ndarray]]:
-    """The memory behind active lanes' addresses; more than one if lanes go to several CTAs."""
+    """The memory behind active lanes' addresses: several if lanes go to several CTAs or tensors."""
     lanes = np.flatnonzero(warp.lanes)
     mine = addresses[lanes]
     if not space:
@@ -77,6 +77,9 @@ def locate(warp: Warp, space: str, addresses: np.ndarray) -> list[tuple[Place, n
             raise Fault("address", "lanes of one access use different state spaces")
         space = _WINDOWS.get(int(tops[0]), "global")
         mine = mine & np.uint64((1 << 56) - 1)
+    if space == "global" and len(mine):
+        parts = warp.cta.cluster.program.memory.parts(mine)
+        return [(Place(space, mine[part]), lanes[part]) for part in parts]
     if space not in SHARED:
         return [(Place(space, mine), lanes)]
     ranks = mine >> np.uint64(RANK_SHIFT)

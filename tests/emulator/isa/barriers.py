@@ -330,7 +330,11 @@ def _wait(decoder: Decoder, action: str) -> Step:
     wanted = decoder.source(2, 32 if parity else 64)
 
     def step(warp: Warp) -> Outcome:
-        barrier = _mbarrier_at(warp, addresses(warp), f"mbarrier.{action}")
+        where = addresses(warp)
+        memory, _ = one_shared(warp, where, f"mbarrier.{action}")
+        if memory is not warp.cta.shared:
+            raise Fault("barrier", f"mbarrier.{action} of {memory.name}: only of the own CTA")
+        barrier = _mbarrier_at(warp, where, f"mbarrier.{action}")
         value = _one(warp, wanted, "the phase to wait for")
         if parity and value > 1:
             raise Fault("barrier", f"parity {value}: 0 or 1")

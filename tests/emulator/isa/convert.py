@@ -183,7 +183,7 @@ def _narrow_formats(decoder: Decoder, target: str, source: str) -> Step:
     satfinite, relu = decoder.flag("satfinite"), decoder.flag("relu")
     mode = decoder.choice(("rn", "rz", "rp", "rs"))
     if mode == "rs":
-        raise decoder.refuse("stochastic rounding (.rs): where its random bits go is not published")
+        return _stochastic(decoder, target, source, satfinite=satfinite, relu=relu)
     kind = target.partition("x")[0]
     if source == "f32":
         if not target.endswith("x2"):
@@ -192,6 +192,40 @@ def _narrow_formats(decoder: Decoder, target: str, source: str) -> Step:
     if target in ("f16x2", "bf16x2") and source.endswith("x2"):
         return _pair_to_16(decoder, target, source.removesuffix("x2"), relu)
     raise decoder.refuse(f".{target}.{source}")
+
+
+def _stochastic(decoder: Decoder, target: str, source: str, *, satfinite: bool, relu: bool) -> Step:
+    """``cvt.rs...x4.f32 d, {a, b, e, f}, rbits``, a in the upper bits, and bf16x2 of a, b."""
+    kind = target.partition("x")[0]
+    if source != "f32" or relu or kind not in ("e2m1", "e4m3", "e5m2", "bf16"):
+        raise decoder.refuse(f".rs.{target}.{source}")
+    if kind == "bf16":
+        decoder.count(4)
+
+        def pair(a: np.ndarray, b: np.ndarray, rbits: np.ndarray) -> np.ndarray:
+            high, low = (
+                formats.stochastic_bf16(x.view(np.float32), random, satfinite=satfinite)
+                for x, random in ((a, rbits >> np.uint32(16)), (b, rbits))
+            )
+            return high.astype(np.uint32) << np.uint32(16) | low
+
+        slots = [decoder.source(i, 32) for i in (1, 2, 3)]
+        return alu.compute(pair, decoder.destination(0, 32), slots)
+    if not (satfinite and target.endswith("x4")):
+        raise decoder.refuse(f".rs.{target}.{source}")
+    decoder.count(3)
+    bits = 4 if kind == "e2m1" else 8
+    dtype = DTYPES[4 * bits]
+
+    def four(*raw: np.ndarray) -> np.ndarray:
+        values = [x.view(np.float32) for x in raw[:4]]
+        result = np.zeros(32, np.uint32)
+        for code in formats.stochastic_x4(values, raw[4], kind):
+            result = result << np.uint32(bits) | code
+        return result.astype(dtype)
+
+    slots = [decoder.source(item, 32) for item in decoder.items(1)]
+    return alu.compute(four, decoder.destination(0, 4 * bits), [*slots, decoder.source(2, 32)])
 
 
 def _pair_from_f32(decoder: Decoder, kind: str, mode: str, *, relu: bool, satfinite: bool) -> Step:

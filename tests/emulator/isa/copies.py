@@ -44,6 +44,8 @@ class Groups:
     open: list[int] = field(default_factory=list)
     committed: list[list[int]] = field(default_factory=list)
     lines: dict[int, int] = field(default_factory=dict)
+    waited_for: int = 0
+    """Number of the newest copy that is known to be done."""
 
     def start(self, line: int) -> int:
         """Number of a new copy, in the open group."""
@@ -59,7 +61,7 @@ class Groups:
 
     def waited(self, left: int) -> list[int]:
         """Copies that must be done when all but `left` groups are."""
-        groups = self.committed[: len(self.committed) - left] if left else self.committed
+        groups = self.committed[: max(len(self.committed) - left, 0)]
         return [number for group in groups for number in group]
 
 
@@ -80,8 +82,9 @@ def wait_for(warp: Warp, kind: str, left: int) -> Outcome:
 
     def then(_: bool) -> None:
         if numbers:
-            top = max(numbers)
-            warp.vector[0, groups.agent] = max(warp.vector[0, groups.agent], top)
+            groups.waited_for = max(groups.waited_for, *numbers)
+            known = warp.vector[0, groups.agent]
+            warp.vector[0, groups.agent] = max(known, groups.waited_for)
 
     if ready():
         then(True)
@@ -221,7 +224,7 @@ def bulk_reader(warp: Warp, groups: Groups, serial: int, line: int) -> Actor:
 
 
 def check_group_end(warp: Warp, groups: Groups) -> None:
-    """At exit every bulk store must have been committed."""
+    """At exit every bulk store must have been committed, and its source read."""
     if warp.streams.get("checked bulk"):
         return
     warp.streams["checked bulk"] = True
@@ -230,6 +233,11 @@ def check_group_end(warp: Warp, groups: Groups) -> None:
         if groups.open:
             line = warp.cta.cluster.program.line(groups.lines[groups.open[0]])
             raise Fault("bulk copy", f"{warp.name} exits with a store never committed: {line}")
+        if groups.serial > groups.waited_for:
+            line = warp.cta.cluster.program.line(groups.lines[groups.serial])
+            raise Fault(
+                "bulk copy", f"{warp.name} exits without waiting until a store has read: {line}"
+            )
 
     warp.cta.cluster.at_exit.append(check)
 

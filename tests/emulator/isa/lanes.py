@@ -31,7 +31,7 @@ def together(body: Callable[[Warp, int], Outcome], mask_slot: int) -> Step:
         if warp.mask & ~members:
             raise Fault("member mask", f"an executing lane is not in mask {members:#010x}")
         if warp.live & members & ~warp.mask:
-            return Signal.PARK
+            return Signal.GATHER
         return body(warp, members)
 
     return step

@@ -13,12 +13,13 @@ from tests.emulator.machine.registers import FULL, bits_of
 from tests.emulator.machine.shared_memory import OFFSET
 from tests.emulator.machine.signals import Outcome, Signal, Step
 from tests.emulator.machine.warp import Warp
-from tests.emulator.ptx.syntax import Immediate, Operand
+from tests.emulator.ptx.syntax import Operand
 
 _SHAPES = ("m16n8k4", "m16n8k8", "m16n8k16", "m16n8k32", "m16n8k64")
 _VECTORS = {"scale_vec::1X": 1, "scale_vec::2X": 2, "scale_vec::4X": 4}
 _ELEMENTS = ("f16", "bf16", "tf32", "e4m3", "e5m2", "e2m1", "e2m3", "e3m2", "s8", "u8", "s32",
              "f32", "ue4m3", "ue8m0")  # fmt: skip
+_ROLES = ("A", "B", "C", "the scales", "the scale selectors")
 
 
 @instruction("mma")
@@ -40,21 +41,25 @@ def _mma(decoder: Decoder) -> Step:
     targets = [decoder.destination(item, 32) for item in decoder.items(0)]
     sources = [[decoder.source(item, 32) for item in decoder.items(i)] for i in (1, 2, 3)]
     dtype = np.int32 if types[0] == "s32" else np.float32
-    options = _scaled(decoder, kind, vector, types) if scaled else None
-    scale_slots = [decoder.source(i, 32) for i in (4, 6)] if scaled else []
+    scale_slots = [decoder.source(_only(decoder, i), 32) for i in (4, 6)] if scaled else []
+    selectors = (
+        [decoder.source(item, 16) for i in (5, 7) for item in _pair(decoder, i)] if scaled else []
+    )
 
     def step(warp: Warp) -> Outcome:
         if warp.mask != warp.live:
             return Signal.PARK
-        for slots, name in zip([*sources, scale_slots], ("A", "B", "C", "scales"), strict=True):
+        for slots, name in zip([*sources, scale_slots, selectors], _ROLES, strict=True):
             for slot in slots:
                 warp.require(slot, f"a register of {name}")
         a, b, c = (np.stack([warp.r[slot] for slot in slots]) for slots in sources)
-        if options is None:
-            result = fragments.mma(shape, a, b, c.view(dtype), types[1], types[2])
-        else:
+        if scaled:
             scales = [warp.r[slot] for slot in scale_slots]
+            chosen = (_uniform(warp, slot) for slot in selectors)
+            options = fragments.BlockScale(kind, vector, types[1], types[2], types[4], *chosen)
             result = fragments.mma_block_scale(a, b, c.view(dtype), *scales, options)
+        else:
+            result = fragments.mma(shape, a, b, c.view(dtype), types[1], types[2])
         for index, slot in enumerate(targets):
             warp.put(slot, np.ascontiguousarray(result[index]).view(np.uint32), FULL)
         return None
@@ -62,21 +67,27 @@ def _mma(decoder: Decoder) -> Step:
     return step
 
 
-def _scaled(decoder: Decoder, kind: str, vector: int, types: list[str]) -> fragments.BlockScale:
-    """Selectors ``{byte-id, thread-id}`` of the scales: immediates."""
-    a_byte, a_thread = _selector(decoder, decoder.operands[5])
-    b_byte, b_thread = _selector(decoder, decoder.operands[7])
-    return fragments.BlockScale(
-        kind, vector, types[1], types[2], types[4], a_byte, a_thread, b_byte, b_thread
-    )
+def _only(decoder: Decoder, index: int) -> Operand:
+    """A scale operand: one register, in braces or not."""
+    items = decoder.items(index)
+    if len(items) != 1:
+        raise decoder.refuse(f"a scale of {len(items)} registers")
+    return items[0]
 
 
-def _selector(decoder: Decoder, operand: Operand) -> tuple[int, int]:
-    items = decoder.items(operand)
-    values = [item.value for item in items if isinstance(item, Immediate)]
-    if len(values) != 2:
+def _pair(decoder: Decoder, index: int) -> tuple[Operand, ...]:
+    """A scale selector ``{byte-id, thread-id}``: literals or 16-bit registers."""
+    items = decoder.items(index)
+    if len(items) != 2:
         raise decoder.refuse("a scale selector that is not two numbers")
-    return values[0], values[1]
+    return items
+
+
+def _uniform(warp: Warp, slot: int) -> int:
+    values = warp.r[slot]
+    if (values != values[0]).any():
+        raise Fault("scale selector", "the lanes select different scales")
+    return int(values[0])
 
 
 def _move(decoder: Decoder) -> tuple[int, bool]:

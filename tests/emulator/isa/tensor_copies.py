@@ -189,7 +189,10 @@ def _store(decoder: Decoder, rank: int) -> Step:
     def step(warp: Warp) -> None:
         _once(warp, slots)
         box = _map_at(warp, map_(warp))
-        plan = box.load_plan(_numbers(warp, slots))
+        coordinates = _numbers(warp, slots)
+        if min(coordinates) < 0:
+            raise Fault("bulk copy", f"a tensor store at {coordinates}: none may be negative")
+        plan = box.load_plan(coordinates)
         memory, offset = one_shared(warp, source(warp), "a tensor store")
         if offset % 128:
             raise Fault("misaligned", f"a tensor store from shared offset {offset:#x}")

@@ -14,7 +14,14 @@ from tests.emulator.errors import Fault
 from tests.emulator.isa.addresses import SHARED, evaluate, one_shared
 from tests.emulator.isa.copies import one_lane
 from tests.emulator.isa.decoder import Decoder, instruction
-from tests.emulator.isa.tensor_memory_ops import alloc, dealloc, load, relinquish, store
+from tests.emulator.isa.tensor_memory_ops import (
+    alloc,
+    dealloc,
+    load,
+    relinquish,
+    store,
+    wait_stores,
+)
 from tests.emulator.isa.tensor_mma import mma
 from tests.emulator.isa.tensor_stream import (
     cells,
@@ -28,7 +35,7 @@ from tests.emulator.isa.tensor_stream import (
     whole,
 )
 from tests.emulator.machine.access import read_shared
-from tests.emulator.machine.signals import Signal, Step
+from tests.emulator.machine.signals import Outcome, Signal, Step
 from tests.emulator.machine.warp import Warp
 
 
@@ -47,10 +54,22 @@ def _tcgen05(decoder: Decoder) -> Step:
     if action.startswith("fence"):
         return lambda warp: None
     if action.startswith("wait"):
-        decoder.flag("sync")
-        decoder.flag("aligned")
-        return lambda warp: None if whole(warp) else Signal.PARK
+        return _wait(decoder, stores=action.endswith("st"))
     raise decoder.refuse("this action")
+
+
+def _wait(decoder: Decoder, *, stores: bool) -> Step:
+    decoder.flag("sync")
+    decoder.flag("aligned")
+
+    def step(warp: Warp) -> Outcome:
+        if not whole(warp):
+            return Signal.PARK
+        if stores:
+            wait_stores(warp)
+        return None
+
+    return step
 
 
 def _mma(decoder: Decoder) -> Step:

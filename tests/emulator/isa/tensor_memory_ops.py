@@ -13,7 +13,7 @@ from tests.emulator.errors import Fault
 from tests.emulator.isa.addresses import SHARED, evaluate, one_shared
 from tests.emulator.isa.decoder import Decoder
 from tests.emulator.isa.tensor_stream import cells, group_of, pair_of, same, touch, whole
-from tests.emulator.machine.access import actor, write_shared
+from tests.emulator.machine.access import Actor, actor, write_shared
 from tests.emulator.machine.cluster import Cta
 from tests.emulator.machine.registers import FULL, bits_of, lanes_of
 from tests.emulator.machine.signals import Outcome, Signal, Step, Wait
@@ -191,6 +191,26 @@ def load(decoder: Decoder) -> Step:
     return step
 
 
+def store_actor(warp: Warp, line: int) -> Actor:
+    """A warp's tcgen05.st: others, and its own loads, may rely on it after a wait::st."""
+    cluster = warp.cta.cluster
+    if "tensor stores" not in warp.streams:
+        warp.streams["tensor stores"] = [cluster.agents.add(f"{warp.name}'s tcgen05.st"), 0]
+    stream = warp.streams["tensor stores"]
+    stream[1] += 1
+    return Actor(
+        cluster.program, warp.name, stream[0], stream[1], line, warp.vector, ordered=stream[0],
+        races=cluster.settings.races,
+    )  # fmt: skip
+
+
+def wait_stores(warp: Warp) -> None:
+    """tcgen05.wait::st: what this warp has stored is there."""
+    if "tensor stores" in warp.streams:
+        agent, serial = warp.streams["tensor stores"]
+        warp.vector[:, agent] = serial
+
+
 def _uniform(warp: Warp, addresses: np.ndarray) -> int:
     mine = addresses[warp.lanes]
     if (mine != mine[0]).any():
@@ -211,7 +231,7 @@ def store(decoder: Decoder) -> Step:
             return Signal.PARK
         memory = warp.cta.tensor
         at = _at(warp, _uniform(warp, address(warp)), places)
-        touch(memory, at, actor(warp, line), "tcgen05.st", write=True)
+        touch(memory, at, store_actor(warp, line), "tcgen05.st", write=True)
         for index, slot in enumerate(sources):
             memory.words[at[index]] = warp.r[slot]
             memory.defined[at[index]] = lanes_of(warp.d[slot] & FULL)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 QUANTUM = 4096
 """Instructions a warp executes before another has its turn, in round robin."""
 
-PATIENCE = 8
+PATIENCE = 64
 """Rounds in which nothing but polling happens before the kernel counts as deadlocked."""
 
 Dim = tuple[int, int, int]
@@ -116,9 +116,8 @@ class Cluster:
 
     def run(self) -> None:
         """Execute until every warp has exited; raises what the kernel did wrong."""
-        idle = 0
+        idle, seen = 0, self.events
         while not all(warp.done for warp in self.warps):
-            before = self.events
             ran = self._round()
             if self.executed > self.settings.max_instructions:
                 raise Deadlock(
@@ -126,11 +125,13 @@ class Cluster:
                 )
             completed = self.engine.advance(stuck=not ran)
             if ran or completed:
-                idle = 0
                 continue
-            timed_out = [warp.time_out() for warp in self.warps if not warp.done]
-            idle = 0 if self.events != before else idle + 1
-            if not any(timed_out) or idle > PATIENCE:
+            # Polling itself is no progress: a wait that timed out may just be tried again.
+            idle = 0 if self.events != seen else idle + 1
+            seen = self.events
+            if idle > PATIENCE:
+                raise Deadlock(self.report())
+            if not any([warp.time_out() for warp in self.warps if not warp.done]):
                 raise Deadlock(self.report())
         self._finish()
 
@@ -138,6 +139,22 @@ class Cluster:
         self.engine.finish()
         for check in self.at_exit:
             check()
+        for cta in self.ctas:
+            self._check_left(cta)
+
+    def _check_left(self, cta: Cta) -> None:
+        """What a CTA must not leave behind: tensor memory, bytes or arrivals under way."""
+        line = int(cta.tensor.owner.max())
+        if line:
+            where = self.program.line(line)
+            raise Fault("tensor memory", f"{cta.name} exits without freeing what it got at {where}")
+        for barrier in cta.shared.mbarriers.values():
+            if barrier.transactions:
+                raise Fault("barrier", f"{cta.name} exits with bytes pending: {barrier.state()}")
+            if barrier.pending not in (0, barrier.count):
+                raise Fault(
+                    "barrier", f"{cta.name} exits with a phase half done: {barrier.state()}"
+                )
 
     def _round(self) -> bool:
         """Give warps their turn; whether anything ran."""

@@ -93,11 +93,20 @@ class GlobalMemory:
         for each in self.ranges:
             each.log = AccessLog(len(each.data), agents)
 
-    def find(self, addresses: np.ndarray, size: int, what: str) -> tuple[Range, np.ndarray]:
-        """The range of these addresses ([lanes] uint64) and their offsets in it.
+    def parts(self, addresses: np.ndarray) -> list[np.ndarray]:
+        """Indices of addresses ([lanes] uint64), those near one range together.
 
-        All lanes must be in one range: a warp's access is to one tensor.
+        A kernel with two outputs may store to both at once, each lane to its own.
         """
+        found = self._last
+        if found is None or int(addresses.min()) < found.base or int(addresses.max()) >= found.end:
+            nearest = np.searchsorted(np.array(self._bases, np.uint64), addresses, "right")
+            if (nearest != nearest[0]).any():
+                return [np.flatnonzero(nearest == each) for each in np.unique(nearest)]
+        return [np.arange(len(addresses))]
+
+    def find(self, addresses: np.ndarray, size: int, what: str) -> tuple[Range, np.ndarray]:
+        """The range of these addresses ([lanes] uint64) and their offsets in it: all in one."""
         low, high = int(addresses.min()), int(addresses.max()) + size
         found = self._last
         if found is None or low < found.base or high > found.end:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -193,7 +194,8 @@ class Program:
         found = self.lines.get(number)
         source = ""
         if found is not None and found.location is not None:
-            source = f" ({found.location.file}:{found.location.line})"
+            file = Path(self.module.files.get(found.location.file, "?")).name
+            source = f" ({file}:{found.location.line})"
         return f"line {number} `{text[:160]}`{source}"
 
     def located(self, fault: Fault, warp: Warp) -> Fault:

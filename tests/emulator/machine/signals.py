@@ -12,9 +12,14 @@ from typing import Any
 
 
 class Signal(Enum):
-    """`PARK`: wait for the other lanes and try again; `EXIT`: these lanes are done."""
+    """What to do with the lanes.
+
+    `PARK`: wait for the warp's other lanes, all of which must come, and try again; `GATHER`: for
+    some of them, unless they exit; `EXIT`: these lanes are done.
+    """
 
     PARK = auto()
+    GATHER = auto()
     EXIT = auto()
 
 

@@ -29,6 +29,8 @@ class Group:
     mask: int
     wait: Wait | None = None
     parked: bool = False
+    aligned: bool = False
+    """Parked at an instruction that all lanes of the warp must execute together."""
 
 
 class Warp:
@@ -198,11 +200,19 @@ class Warp:
             if not group.mask:
                 self.groups.remove(group)
             for other in self.groups:
+                if other.parked and other.aligned:
+                    self._left_alone(other)
                 other.parked = False
             self.cta.cluster.lanes_left(self)
         else:
-            group.parked = True
+            group.parked, group.aligned = True, outcome is Signal.PARK
             self._merge(group)
+
+    def _left_alone(self, group: Group) -> None:
+        where = self.cta.cluster.program.where(group.pc)
+        raise Fault(
+            "divergence", f"these lanes exit while lanes {group.mask:#010x} wait for them at {where}"
+        )
 
     def _merge(self, group: Group) -> None:
         """Join a group with those at its program counter that are not waiting."""

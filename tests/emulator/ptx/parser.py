@@ -42,11 +42,11 @@ class Stream:
 
     def __init__(self, text: str) -> None:
         self._tokens = list(tokens(text))
-        self._at = 0
+        self.at = 0
 
     def peek(self, ahead: int = 0) -> Token:
         """A coming token, not taken."""
-        at = self._at + ahead
+        at = self.at + ahead
         return self._tokens[at] if at < len(self._tokens) else _END
 
     def next(self) -> Token:
@@ -54,14 +54,14 @@ class Stream:
         token = self.peek()
         if token is _END:
             raise PtxError("the text ends in the middle of a statement")
-        self._at += 1
+        self.at += 1
         return token
 
     def accept(self, text: str) -> bool:
         """Take the token if it is this one."""
         if self.peek().text != text:
             return False
-        self._at += 1
+        self.at += 1
         return True
 
     def expect(self, text: str) -> Token:
@@ -91,7 +91,6 @@ def parse(text: str) -> Module:
 class _Parser:
     def __init__(self, text: str) -> None:
         self.stream = Stream(text)
-        self.files: dict[int, str] = {}
         self.location: Location | None = None
         self.storage: list[Storage] = []
         self.result = Module("", "", {}, [], text.splitlines())
@@ -173,7 +172,7 @@ class _Parser:
 
     def _file(self) -> None:
         index = number(self.stream.next().text).value
-        self.files[index] = self.stream.next().text.strip('"')
+        self.result.files[index] = self.stream.next().text.strip('"')
         while self.stream.accept(","):
             self.stream.next()
 
@@ -188,9 +187,6 @@ class _Parser:
         self._place_globals(scope)
         self.location = None
         _Body(self, entry).block(scope)
-        for storage in self.storage:
-            if storage.space == "shared" and not storage.size:
-                entry.dynamic_shared = scope.variables[storage.name].address - DYNAMIC
         self.result.entries[name] = entry
 
     def _tuning(self, entry: Entry) -> None:
@@ -231,25 +227,55 @@ class _Parser:
         return found
 
     def _place_globals(self, scope: Scope) -> None:
-        """Module variables become names of the entry: shared ones get an offset of its window."""
-        for storage in self.storage:
-            if storage.space == "shared":
+        """Module variables become names of the entry: shared ones get an offset of its window.
+
+        Dynamic shared memory (size 0) comes after what is static, in the body as well.
+        """
+        shared = [storage for storage in self.storage if storage.space == "shared"]
+        for storage in shared:
+            if storage.size:
                 place_shared(scope, storage)
-            else:
+        end = scope.entry.static_shared
+        for storage in self._shared_in_body():
+            end = shared_offset(end, storage) + storage.size
+        for storage in shared:
+            if not storage.size:
+                start = shared_offset(end, storage)
+                scope.variables[storage.name] = Variable(storage.name, "shared", DYNAMIC + start)
+                scope.entry.dynamic_shared = start
+        for storage in self.storage:
+            if storage.space != "shared":
                 address = sum(-(-s.size // 256) * 256 for s in self.result.globals)
                 if storage not in self.result.globals:
                     self.result.globals.append(storage)
                 scope.variables[storage.name] = Variable(storage.name, storage.space, address)
 
+    def _shared_in_body(self) -> list[Storage]:
+        """Shared variables that the body ahead declares, in its order."""
+        found, depth, start = [], 0, self.stream.at
+        while True:
+            token = self.stream.next()
+            depth += (token.text == "{") - (token.text == "}")
+            if token.text == ".shared":
+                found += self._storage("shared")
+            if not depth:
+                break
+        self.stream.at = start
+        return found
+
+
+def shared_offset(end: int, storage: Storage) -> int:
+    """Where a shared variable starts behind `end` bytes of others."""
+    return -(-(DYNAMIC + end) // storage.align) * storage.align - DYNAMIC
+
 
 def place_shared(scope: Scope, storage: Storage) -> None:
-    """Give a shared variable its offset; dynamic memory (size 0) comes after what is static."""
+    """Give a static shared variable its offset."""
     entry = scope.entry
-    start = -(-(DYNAMIC + entry.static_shared) // storage.align) * storage.align
-    scope.variables[storage.name] = Variable(storage.name, "shared", start)
-    if storage.size:
-        entry.shared[storage.name] = start
-        entry.static_shared = start + storage.size - DYNAMIC
+    start = shared_offset(entry.static_shared, storage)
+    scope.variables[storage.name] = Variable(storage.name, "shared", DYNAMIC + start)
+    entry.shared[storage.name] = DYNAMIC + start
+    entry.static_shared = start + storage.size
 
 
 class _Body:
@@ -326,7 +352,7 @@ class _Body:
 
     def _location(self) -> None:
         file, line = (number(self.stream.next().text).value for _ in range(2))
-        self.parser.location = Location(self.parser.files.get(file, f"file {file}"), line)
+        self.parser.location = Location(file, line)
         here = self.stream.peek()  # the column
         while self.stream.peek().line == here.line and self.stream.peek() is not _END:
             self.stream.next()

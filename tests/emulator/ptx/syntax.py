@@ -102,9 +102,9 @@ class Guard:
 
 @dataclass(frozen=True)
 class Location:
-    """A line of the kernel's source, from ``.loc``."""
+    """A line of the kernel's source, from ``.loc``: `file` is a key of :attr:`Module.files`."""
 
-    file: str
+    file: int
     line: int
 
 
@@ -173,3 +173,5 @@ class Module:
     globals: list[Storage]
     lines: list[str]
     """The text, for messages."""
+    files: dict[int, str] = field(default_factory=dict)
+    """Source files by number."""
