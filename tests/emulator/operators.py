@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-import re
 import tempfile
-import types
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from tests.emulator import formats
 from tests.emulator.host import Host, load
+
+BLOCK = 16
+"""Elements a scale."""
 
 
 @dataclass(frozen=True)
@@ -44,64 +44,33 @@ ALL = [
 """Those that the package offers for bf16 output."""
 
 
-def _arguments() -> Any:
-    """Arguments that select the kernels: only their types matter."""
-    import cutlass.operators as nvidia
-
-    def operand(*shape: int) -> Any:
-        values = torch.zeros(1, *shape, 128, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
-        scales = torch.zeros(256 * 16, dtype=torch.uint8).view(torch.float8_e4m3fn)
-        mode, swizzle = nvidia.ScaleMode.Blockwise1x16, nvidia.ScaleSwizzleMode.Swizzle32x4x4
-        return values, scales, mode, swizzle
-
-    a, *scaled_a = operand(256)
-    b, *scaled_b = operand(256)
-    return nvidia.GemmArguments(
-        nvidia.ScaledOperand(a, *scaled_a),
-        nvidia.ScaledOperand(b.transpose(1, 2), *scaled_b),
-        torch.empty(1, 256, 256, dtype=torch.bfloat16),
-        accumulator_type=torch.float32,
-    )
-
-
 @functools.cache
-def _found() -> dict[str, Any]:
-    """The package's kernels by tile and cluster."""
-    import cutlass.operators as nvidia
-
-    nvidia.GlobalOptions().use_tvm_ffi = False
-    found = {}
-    for operator in nvidia.get_operators(_arguments(), target_sm="100a"):
-        shape = re.search(r"cluster(\d)x(\d)x1_tile(\d+)x(\d+)x", operator.metadata.operator_name)
-        if shape:
-            x, y, m, n = map(int, shape.groups())
-            found[str(Configuration(m, n, (x, y)))] = operator
-    return found
-
-
-@functools.cache
-def host(configuration: Configuration, clusters: int = 2, arch: str = "100a") -> Host:
+def host(
+    configuration: Configuration, clusters: int = 2, arch: str = "sm_100a", options: str = ""
+) -> Host:
     """Host code and PTX of a kernel; its persistent grid has `clusters` clusters at most."""
-    import cutlass.operators as nvidia
-    from cutlass import cute
-    from cutlass.operators.providers.cutedsl.gemm import sm100_dense_blockscaled_static_persistent
+    from cutlass import AddressSpace, BFloat16, Float4E2M1FN, Float8E4M3FN, Int32, cute
+    from cutlass.cute.nvgpu.common import OperandMajorMode
+    from cutlass.cute.runtime import make_fake_stream, make_ptr
+    from cutlass.operators.providers.cutedsl.gemm.implementations import (
+        sm100_dense_blockscaled_static_persistent_impl as implementation,
+    )
+    from cutlass.tensor_utils import LayoutEnum
 
-    operator = _found()[str(configuration)]
-
-    def compiled(function: Any, *arguments: Any, target_sm: Any = None) -> Any:
-        with tempfile.TemporaryDirectory() as folder:
-            options = f"--gpu-arch sm_{arch} --keep-ptx --generate-line-info --dump-dir {folder}"
-            result = cute.compile(function, *arguments, options=options)
-        return types.SimpleNamespace(compiled_obj=result)
-
-    # The package asks the device how many clusters fit, and does not keep its PTX.
-    helpers = sm100_dense_blockscaled_static_persistent.cutedsl_utils.mma
-    with (
-        mock.patch.object(helpers, "get_max_active_clusters", lambda _: clusters),
-        mock.patch.object(operator, "cute_compile", compiled),
-    ):
-        artifact = operator._compile(_arguments(), nvidia.TargetSm(arch))
-    return load(artifact.compiled_obj)
+    kernel = implementation.PersistentDenseBlockScaledGemmKernel(
+        BLOCK, (configuration.m, configuration.n), configuration.cluster
+    )
+    types = (Float4E2M1FN, Float4E2M1FN, Float8E4M3FN, Float8E4M3FN, BFloat16)
+    pointers = [make_ptr(t, 0, AddressSpace.gmem, assumed_align=32) for t in types]
+    layouts = (OperandMajorMode.K, OperandMajorMode.K, LayoutEnum.ROW_MAJOR)
+    sizes = tuple(Int32(0) for _ in range(4))
+    with tempfile.TemporaryDirectory() as folder:
+        keep = f"--keep-ptx --generate-line-info --dump-dir {folder}"
+        compiled = cute.compile(
+            kernel, *pointers, layouts, sizes, clusters, make_fake_stream(),
+            options=f"--gpu-arch {arch} {keep} {options}",
+        )  # fmt: skip
+    return load(compiled)
 
 
 # Data ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is installed on Linux only
 
 from fos_compile.kernels.cute import build, host_quantize_filtered
 from fos_compile.kernels.cute.tables import TABLES
-from tests.emulator import tensor_map
+from tests.emulator import operators, tensor_map
 from tests.emulator.errors import ArgumentsError, EmulatorError, UnsupportedError
 from tests.emulator.host import load
 from tests.emulator.host.arguments import storage
@@ -229,23 +229,17 @@ def test_quantizer_of_the_project(arch, tmp_path):
         host.launches(x[:, :, 1:], *addresses, 0, 1, 0)
 
 
-def operators():
-    pytest.importorskip("cutlass.operators", reason="nvidia-cutlass-operators is not installed")
-    from tests.emulator.host import operators
-
-    return operators
-
-
 @pytest.mark.parametrize("options", [FFI, PACKED])
 def test_nvidia_gemm(options):
-    module = operators()
-    gemm = module.block_scaled_gemm(options=options)
-    operands = module.operands(256, 256, 512)
-    (launch,) = load(gemm.compiled).launches(*gemm.arguments(operands))
+    pytest.importorskip("cutlass.operators", reason="nvidia-cutlass-operators is not installed")
+    case = operators.problem(256, 256, 512)
+    out = torch.empty(1, 256, 256, dtype=torch.bfloat16)
+    host = operators.host(operators.Configuration(128, 64, (2, 1)), 4, options=options)
+    (launch,) = host.launches(*case.arguments(out))
     assert (launch.grid, launch.block, launch.cluster) == ((2, 1, 4), (192, 1, 1), (2, 1, 1))
     assert launch.shared_bytes == 226304
     maps = [tensor_map.decode(raw) for raw in launch.params if len(raw) == 128]
-    tensors = (operands.a, operands.b, operands.scale_a, operands.scale_b, operands.c)
+    tensors = (case.a, case.b, case.sfa, case.sfb, out)
     assert [each.address for each in maps] == [tensor.data_ptr() for tensor in tensors]
     assert [each.dims for each in maps] == [
         (512, 256, 1),
@@ -259,53 +253,37 @@ def test_nvidia_gemm(options):
 
 
 @pytest.mark.parametrize(
-    ("tile", "cluster", "grid"),
-    [
-        ((256, 128), (2, 1), (2, 1, 2)),
-        ((256, 128), (2, 2), (2, 2, 1)),
-        ((256, 192), (2, 1), (2, 1, 2)),
-    ],
+    ("n", "cluster", "grid"),
+    [(128, (2, 1), (2, 1, 2)), (128, (2, 2), (2, 2, 1)), (192, (2, 1), (2, 1, 2))],
 )
-def test_nvidia_gemm_of_two_ctas_a_tile(tile, cluster, grid):
-    module = operators()
-    gemm = module.block_scaled_gemm(tile=tile, cluster=cluster)
-    (launch,) = load(gemm.compiled).launches(*gemm.arguments(module.operands(256, 256, 512)))
+def test_nvidia_gemm_of_two_ctas_a_tile(n, cluster, grid):
+    pytest.importorskip("cutlass.operators", reason="nvidia-cutlass-operators is not installed")
+    host = operators.host(operators.Configuration(256, n, cluster), 4)
+    case = operators.problem(256, 256, 512)
+    out = torch.empty(1, 256, 256, dtype=torch.bfloat16)
+    (launch,) = host.launches(*case.arguments(out))
     assert (launch.grid, launch.block) == (grid, (192, 1, 1))
     assert launch.cluster == (*cluster, 1)
 
 
-@pytest.mark.parametrize(("schedule", "threads"), [("cooperative", 288), ("pingpong", 384)])
-def test_nvidia_gemm_for_geforce(schedule, threads):
-    module = operators()
-    if module.examples() is None:
-        pytest.skip("CUTLASS_REPOSITORY names no checkout of NVIDIA/cutlass")
-    gemm = module.geforce_gemm(schedule)
-    (launch,) = load(gemm.compiled).launches(*gemm.arguments(module.operands(256, 256, 512)))
-    assert (launch.grid, launch.block) == ((1, 1, 4), (threads, 1, 1))
-    assert launch.shared_bytes <= 101376
-
-
 def test_operands():
-    module = operators()
-    operands = module.operands(40, 136, 96, 2)
-    assert operands.scale_a.shape == (2, 1, 2, 512)
-    assert operands.scale_b.shape == (2, 2, 2, 512)
+    case = operators.problem(40, 136, 96, 2)
     numbers = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
 
     def element(values, scales, batch, row, k):
         code = int(values[batch, row, k // 2]) >> 4 * (k % 2) & 15
         block, line = k // 16, row % 128
         at = 16 * (line % 32) + 4 * (line // 32) + block % 4
-        scale = scales[batch, row // 128, block // 4, at].view(torch.float8_e4m3fn)
+        tiles = scales.view(2, -1, scales[0].numel() // (-(-values.shape[1] // 128) * 512), 512)
+        scale = tiles[batch, row // 128, block // 4, at].view(torch.float8_e4m3fn)
         return (-1) ** (code >> 3) * numbers[code & 7] * float(scale)
 
     for batch, m, n in ((0, 0, 0), (1, 39, 135), (1, 33, 64)):
         expected = sum(
-            element(operands.a, operands.scale_a, batch, m, k)
-            * element(operands.b, operands.scale_b, batch, n, k)
+            element(case.a, case.sfa, batch, m, k) * element(case.b, case.sfb, batch, n, k)
             for k in range(96)
         )
-        assert operands.reference[batch, m, n] == expected
+        assert case.exact[batch, m, n] == expected
 
 
 def test_storage():

@@ -80,6 +80,9 @@ def locate(warp: Warp, space: str, addresses: np.ndarray) -> list[tuple[Place, n
     if space == "global" and len(mine):
         parts = warp.cta.cluster.program.memory.parts(mine)
         return [(Place(space, mine[part]), lanes[part]) for part in parts]
+    if space == "global":
+        parts = warp.cta.cluster.program.memory.split(mine)
+        return [(Place(space, mine[part]), lanes[part]) for part in parts]
     if space not in SHARED:
         return [(Place(space, mine), lanes)]
     ranks = mine >> np.uint64(RANK_SHIFT)

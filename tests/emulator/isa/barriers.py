@@ -63,6 +63,7 @@ def _arrive_at(warp: Warp, number_slot: int, count_slot: int, *, wait: bool) -> 
         threads = _one(warp, count_slot, "the barrier's thread count")
         if threads % 32 or not threads:
             raise Fault("barrier", f"{threads} threads: must be a multiple of 32")
+    barrier.everybody = count_slot < 0
     generation = barrier.generation
     barrier.arrive(32, threads, warp.release())
     warp.cta.cluster.event()
@@ -73,7 +74,7 @@ def _arrive_at(warp: Warp, number_slot: int, count_slot: int, *, wait: bool) -> 
         return barrier.generation != generation
 
     def then(_: bool) -> None:
-        warp.acquire(barrier.vector)
+        warp.acquire(barrier.done)
 
     def reason() -> str:
         return f"bar {number}: {barrier.arrived} of {barrier.expected} threads came"

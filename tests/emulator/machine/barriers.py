@@ -81,9 +81,15 @@ class Mbarrier:
 
 @dataclass
 class NamedBarrier:
-    """A bar.sync barrier of a CTA: threads that came, and what they knew."""
+    """A bar.sync barrier of a CTA: threads that came, and what they knew.
+
+    `done` is what those of the last completed generation knew; `everybody` says that no count was
+    given, so that threads that exit are not waited for.
+    """
 
     vector: np.ndarray
+    done: np.ndarray
+    everybody: bool = False
     expected: int = 0
     arrived: int = 0
     generation: int = 0
@@ -100,9 +106,14 @@ class NamedBarrier:
         np.maximum(self.vector, vector, out=self.vector)
         if self.arrived > expected:
             raise Fault("barrier", f"{self.arrived} threads at a bar of {expected}")
-        if self.arrived == expected:
+        self.complete_if(expected)
+
+    def complete_if(self, expected: int) -> None:
+        """Complete the generation if that many threads have come."""
+        if self.arrived and self.arrived >= expected:
             self.arrived = 0
             self.generation += 1
+            np.maximum(self.done, self.vector, out=self.done)
 
 
 @dataclass

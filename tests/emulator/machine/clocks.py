@@ -53,11 +53,14 @@ class Conflict:
 
 
 class AccessLog:
-    """Last writer and last reads of each cell of a memory."""
+    """Last writer and last reads of each cell of a memory.
+
+    Everything starts as zeros, which the system hands out untouched: a log costs what is accessed.
+    """
 
     def __init__(self, cells: int, agents: Agents) -> None:
         self.agents = agents
-        self.writer = np.full(cells, -1, np.int32)
+        self.writer = np.zeros(cells, np.int32)  # agents, counted from 1
         self.written = np.zeros(cells, np.int32)
         self.line = np.zeros(cells, np.int32)
         self.atomic = np.zeros(cells, bool)
@@ -94,7 +97,7 @@ class AccessLog:
                 place = at[bad.argmax()]
                 name = self.agents.names[reader]
                 found = Conflict(int(place), "write after read", name, int(lines[place]), False)
-        self.writer[at] = agent
+        self.writer[at] = agent + 1
         self.written[at] = clock
         self.line[at] = line
         self.atomic[at] = atomic
@@ -103,7 +106,7 @@ class AccessLog:
     def _after_write(
         self, at: np.ndarray, vector: np.ndarray, row: int, ordered: int, atomic: bool, kind: str
     ) -> Conflict | None:
-        writer = self.writer[at]
+        writer = self.writer[at] - 1
         bad = self.written[at] > vector[row][writer]
         bad &= writer >= 0
         if ordered >= 0:

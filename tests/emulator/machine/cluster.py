@@ -59,7 +59,8 @@ class Cta:
     def barrier(self, number: int) -> NamedBarrier:
         """The bar.sync barrier of this number."""
         if number not in self.named:
-            self.named[number] = NamedBarrier(self.cluster.agents.vector())
+            vectors = self.cluster.agents.vector(), self.cluster.agents.vector()
+            self.named[number] = NamedBarrier(*vectors)
         return self.named[number]
 
 
@@ -98,6 +99,9 @@ class Cluster:
         self.event()
         if not warp.groups and all(w.done for w in warp.cta.warps):
             self.cta_left(warp.cta)
+        for barrier in warp.cta.named.values():
+            if barrier.everybody:
+                barrier.complete_if(warp.cta.threads)
         self.check_barrier()
 
     def cta_left(self, cta: Cta) -> None:

@@ -105,6 +105,14 @@ class GlobalMemory:
                 return [np.flatnonzero(nearest == each) for each in np.unique(nearest)]
         return [np.arange(len(addresses))]
 
+    def split(self, addresses: np.ndarray) -> list[np.ndarray]:
+        """Indices of addresses by range: most often all of them."""
+        last = self._last
+        if last is not None and addresses.min() >= last.base and addresses.max() < last.end:
+            return [np.arange(len(addresses))]
+        which = np.searchsorted(np.array(self._bases, np.uint64), addresses, side="right")
+        return [np.flatnonzero(which == number) for number in np.unique(which)]
+
     def find(self, addresses: np.ndarray, size: int, what: str) -> tuple[Range, np.ndarray]:
         """The range of these addresses ([lanes] uint64) and their offsets in it: all in one."""
         low, high = int(addresses.min()), int(addresses.max()) + size

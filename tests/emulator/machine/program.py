@@ -33,7 +33,7 @@ class Settings:
     mode: Mode = "eager"
     schedule: Literal["round_robin", "random"] = "round_robin"
     seed: int = 0
-    max_instructions: int = 200_000_000
+    max_instructions: int = 20_000_000
     races: bool = True
     trace: Callable[[Warp, int], None] | None = None
 

@@ -211,7 +211,8 @@ class Warp:
     def _left_alone(self, group: Group) -> None:
         where = self.cta.cluster.program.where(group.pc)
         raise Fault(
-            "divergence", f"these lanes exit while lanes {group.mask:#010x} wait for them at {where}"
+            "divergence",
+            f"these lanes exit while lanes {group.mask:#010x} wait for them at {where}",
         )
 
     def _merge(self, group: Group) -> None:
