@@ -96,8 +96,20 @@ def gather(
     return matrix
 
 
+_NARROW = {"e2m1": 4, "e2m3": 6, "e3m2": 6, "e4m3": 8, "e5m2": 8, "ue4m3": 8, "ue8m0": 8}
+"""Formats that are looked up, and their bits."""
+
+
+@lru_cache(maxsize=len(_NARROW))
+def _table(kind: str) -> np.ndarray:
+    codes = np.arange(1 << _NARROW[kind], dtype=np.uint8)
+    return _frozen(formats.to_f32(codes, kind).astype(np.float64))
+
+
 def _decode(raw: np.ndarray, kind: str) -> np.ndarray:
     """float64 values of raw elements of `kind`, as mma.sync reads them."""
+    if kind in _NARROW:
+        return _table(kind)[raw]
     if kind == "tf32":
         # The low 13 bits are not read.
         return (raw & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
@@ -229,8 +241,8 @@ def mma_block_scale(
         elif kind != "e2m1":
             raise EmulatorError(f"mma.sync kind::{options.kind}: {operand} is {kind}, not e2m1")
         factors = scales(selector, operand, byte_id, thread_id, options.vector)
-        factors = formats.to_f32(factors, options.scale).astype(np.float64)
-        scaled.append(_decode(raw, kind) * np.repeat(factors, k // options.vector, axis=1))
+        factors = np.repeat(_decode(factors, options.scale), k // options.vector, axis=1)
+        scaled.append(_decode(raw, kind) * factors)
     place = fragment(shape, "C", 32)
     with np.errstate(invalid="ignore", over="ignore"):
         product = scaled[0] @ scaled[1].T

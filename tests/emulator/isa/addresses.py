@@ -19,6 +19,7 @@ from tests.emulator.machine.access import (
     write_global,
     write_shared,
 )
+from tests.emulator.machine.barriers import Mbarrier
 from tests.emulator.machine.shared_memory import OFFSET, RANK_SHIFT, SharedMemory
 from tests.emulator.machine.warp import Warp
 from tests.emulator.ptx.syntax import Immediate, Operand, Variable
@@ -122,6 +123,14 @@ def one_shared(warp: Warp, addresses: np.ndarray, what: str) -> tuple[SharedMemo
     return shared_of(warp, address >> RANK_SHIFT), address & OFFSET
 
 
+def known_barrier(warp: Warp, memory: SharedMemory, offset: int, what: str) -> Mbarrier:
+    """The mbarrier there; a warp may only use one whose making it knows of."""
+    found = memory.mbarrier(offset, what)
+    if warp.cta.cluster.settings.races and warp.vector[0, found.maker] < found.made:
+        raise Fault("race", f"{what} of {found.name}: nothing orders this after its mbarrier.init")
+    return found
+
+
 def check_aligned(addresses: np.ndarray, size: int, what: str) -> None:
     """Fault if an address is no multiple of the access's size."""
     bad = addresses % np.asarray(size, addresses.dtype) != 0
@@ -156,7 +165,7 @@ def store(
     who = actor(warp, line)
     size = data.shape[1]
     check_aligned(place.addresses, size, "store")
-    if len(place.addresses) > 1 and not atomic:
+    if len(place.addresses) > 1 and not atomic and place.space != "local":
         _check_lanes(place.addresses, data)
     if place.space == "shared":
         at = spans(place.addresses, size)

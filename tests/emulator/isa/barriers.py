@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tests.emulator.errors import Fault
-from tests.emulator.isa.addresses import SHARED, evaluate, one_shared
+from tests.emulator.isa.addresses import SHARED, evaluate, known_barrier, one_shared
 from tests.emulator.isa.decoder import TYPES, Decoder, instruction
 from tests.emulator.isa.lanes import together
 from tests.emulator.isa.memory import SCOPES
@@ -168,7 +168,7 @@ def _mbarrier_at(warp: Warp, addresses: np.ndarray, what: str) -> Mbarrier:
     if offset % 8:
         raise Fault("misaligned", f"{what} at shared offset {offset:#x}")
     memory.check(offset, offset + 8, what)
-    return memory.mbarrier(offset, what)
+    return known_barrier(warp, memory, offset, what)
 
 
 def _groups(warp: Warp, addresses: np.ndarray) -> list[tuple[int, int]]:
@@ -220,7 +220,10 @@ def _init(decoder: Decoder) -> Step:
             raise Fault("barrier", f"mbarrier.init of the live one at {memory.place(offset)}")
         agents = warp.cta.cluster.agents
         name = f"the mbarrier at {memory.place(offset)} (made at line {line})"
-        made = Mbarrier(name, number, agents.add(name), agents.vector(), agents.vector(), line)
+        made = Mbarrier(
+            name, number, agents.add(name), agents.vector(), agents.vector(), line, warp.agent,
+            warp.clock,
+        )  # fmt: skip
         memory.mbarriers[offset] = made
         memory.barrier_bytes[offset : offset + 8] = True
 
@@ -283,11 +286,13 @@ def _arrive_once(
     slot: int,
 ) -> None:  # fmt: skip
     barrier = _mbarrier_at(warp, where, "mbarrier.arrive")
+    if one_shared(warp, where, "mbarrier.arrive")[0] is not warp.cta.shared:
+        barrier.outside[warp.agent] = warp.clock, warp.line
     warp.put(slot, uniform(barrier.phase, 64), FULL)
     value = _one(warp, number, "the operand of mbarrier.arrive") if number >= 0 else 1
     known = warp.release() if kind == "release" else None
     if drop:
-        barrier.count -= lanes
+        barrier.count -= lanes if expect else value * lanes
     if expect:
         barrier.expect(value * lanes)
         barrier.arrive(lanes, known)
@@ -345,11 +350,16 @@ def _wait(decoder: Decoder, action: str) -> Step:
 
         def then(done: bool) -> None:
             warp.put_predicate(destination, FULL if done else 0, FULL)
+            if done:
+                barrier.seen = max(barrier.seen, barrier.phase)
             if done and kind == "acquire":
                 warp.acquire(barrier.done)
 
         if ready():
             then(True)
+            return None
+        if warp.cta.cluster.gives_up(warp):
+            then(False)
             return None
         what = f"parity {value}" if parity else f"phase {value}"
         return Wait(ready, lambda: f"waits for {what} of {barrier.state()}", then, patience=True)

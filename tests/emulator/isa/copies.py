@@ -13,6 +13,7 @@ from tests.emulator.isa.addresses import (
     SHARED,
     check_aligned,
     evaluate,
+    known_barrier,
     locate,
     one_shared,
 )
@@ -305,7 +306,7 @@ def _bulk_load(target: Any, source: Any, size: int, barrier: Any, line: int) -> 
         count = _bulk_size(warp, size)
         memory, offset = one_shared(warp, target(warp), "a bulk load")
         barrier_memory, at_barrier = one_shared(warp, barrier(warp), "a bulk load's mbarrier")
-        done = barrier_memory.mbarrier(at_barrier, "a bulk load")
+        done = known_barrier(warp, barrier_memory, at_barrier, "a bulk load")
         address = np.array([_first(warp, source(warp))], np.uint64)
         check_aligned(address, 16, "bulk load")
         check_aligned(np.array([offset]), 16, "bulk load")

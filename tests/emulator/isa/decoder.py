@@ -257,6 +257,8 @@ def decode(entry: Entry, file: RegisterFile, target: str) -> list[Step]:
     """Steps of an entry, one an instruction and one for its end."""
     for name in MODULES:
         importlib.import_module(f"tests.emulator.isa.{name}")
+    tensor_loads = importlib.import_module("tests.emulator.isa.tensor_loads")
+    loaded = tensor_loads.loaded_registers(entry)
     steps: list[Step] = []
     for each in entry.instructions:
         build = _REGISTRY.get(each.opcode)
@@ -265,6 +267,7 @@ def decode(entry: Entry, file: RegisterFile, target: str) -> list[Step]:
         decoder = Decoder(each, file, target)
         step = build(decoder)
         decoder.finish()
+        step = tensor_loads.tracked(step, each, loaded)
         if each.guard is not None:
             step = _guarded(step, each.guard.predicate.slot, each.guard.negated)
         steps.append(step)

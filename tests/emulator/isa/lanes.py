@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.emulator.arithmetic import minmax_f32
 from tests.emulator.errors import Fault
+from tests.emulator.formats import canonical_f32
 from tests.emulator.isa.decoder import TYPES, Decoder, instruction
 from tests.emulator.isa.integer import dtype_of
 from tests.emulator.machine.registers import FULL, LANES, bits_of, lanes_of, uniform
@@ -161,9 +163,10 @@ def _redux(decoder: Decoder) -> Step:
         if type_ == "f32":
             numbers = values.view(np.float32)
             numbers = np.abs(numbers) if absolute else numbers
-            pick = (np.fmin, np.fmax) if not nan else (np.minimum, np.maximum)
-            result = pick[operation == "max"].reduce(numbers)
-            raw = 0x7FFFFFFF if np.isnan(result) else int(np.float32(result).view(np.uint32))
+            result = numbers[:1]
+            for other in numbers[1:]:
+                result = minmax_f32(operation, result, other[None], nan=nan)
+            raw = int(canonical_f32(result).view(np.uint32)[0])
         else:
             raw = int(_REDUCE[operation](values.view(dtype_of(type_)))) & FULL
         known = FULL if not warp.mask & ~warp.d[source] else 0

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tests.emulator.errors import Fault
-from tests.emulator.isa.addresses import SHARED, evaluate, one_shared, shared_of
+from tests.emulator.isa.addresses import SHARED, evaluate, known_barrier, one_shared, shared_of
 from tests.emulator.isa.copies import (
     bulk_reader,
     bulk_writer,
@@ -137,7 +137,10 @@ def _load_into(
 ) -> None:  # fmt: skip
     """Bring a box to one CTA; its barrier counts every byte, those outside the tensor too."""
     memory = shared_of(warp, target[0])
-    done = shared_of(warp, barrier[0]).mbarrier(barrier[1], "a tensor load")
+    signalled = shared_of(warp, barrier[0])
+    done = known_barrier(warp, signalled, barrier[1], "a tensor load")
+    if signalled is not warp.cta.shared:
+        done.awaited = done.phase + 1, line
     if target[1] % 128:
         raise Fault("misaligned", f"a tensor load to shared offset {target[1]:#x}: needs 128 bytes")
     to = box.shared_addresses(target[1])
@@ -153,6 +156,7 @@ def _load_into(
         defined = np.ones(len(to), bool)
         data[valid], defined[valid] = found.data[at], found.defined[at]
         memory.data[to], memory.defined[to] = data, defined
+        signalled.mbarrier(barrier[1], "a tensor load")
         done.delivered(box.box_bytes)
 
     submit(warp, "tensor load", line, effect)

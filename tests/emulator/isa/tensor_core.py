@@ -11,9 +11,10 @@ import numpy as np
 from tests.emulator import descriptors
 from tests.emulator import tensor_memory_layout as layout
 from tests.emulator.errors import Fault
-from tests.emulator.isa.addresses import SHARED, evaluate, one_shared
+from tests.emulator.isa.addresses import SHARED, evaluate, known_barrier, one_shared
 from tests.emulator.isa.copies import one_lane
 from tests.emulator.isa.decoder import Decoder, instruction
+from tests.emulator.isa.tensor_loads import wait_loads
 from tests.emulator.isa.tensor_memory_ops import (
     alloc,
     dealloc,
@@ -67,6 +68,8 @@ def _wait(decoder: Decoder, *, stores: bool) -> Step:
             return Signal.PARK
         if stores:
             wait_stores(warp)
+        else:
+            wait_loads(warp)
         return None
 
     return step
@@ -149,7 +152,9 @@ def _commit(decoder: Decoder) -> Step:
         known = warp.release()
         known[:, stream.agent] = stream.serial
         for each in targets:
-            each.mbarrier(offset, "tcgen05.commit")
+            barrier = known_barrier(warp, each, offset, "tcgen05.commit")
+            if each is not warp.cta.shared:
+                barrier.awaited = barrier.phase + 1, line
 
         def effect() -> None:
             for each in targets:

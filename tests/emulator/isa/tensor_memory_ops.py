@@ -1,7 +1,7 @@
 """tcgen05 on tensor memory by warps: alloc, dealloc, ld, st.
 
-Loads and stores are taken as done when issued: compiled kernels of NVIDIA's own read the registers
-of a tcgen05.ld without a wait, which the assembler adds.
+Loads and stores take effect when issued: compiled kernels of NVIDIA's own read the registers of a
+tcgen05.ld without a wait, which the assembler adds. When others may rely on them is another matter.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from tests.emulator import tensor_memory_layout as layout
 from tests.emulator.errors import Fault
 from tests.emulator.isa.addresses import SHARED, evaluate, one_shared
 from tests.emulator.isa.decoder import Decoder
+from tests.emulator.isa.tensor_loads import load_actor
 from tests.emulator.isa.tensor_stream import cells, group_of, pair_of, same, touch, whole
-from tests.emulator.machine.access import Actor, actor, write_shared
+from tests.emulator.machine.access import Actor, actor, complain, write_shared
 from tests.emulator.machine.cluster import Cta
 from tests.emulator.machine.registers import FULL, bits_of, lanes_of
 from tests.emulator.machine.signals import Outcome, Signal, Step, Wait
@@ -99,7 +100,7 @@ def dealloc(decoder: Decoder) -> Step:
     def step(warp: Warp) -> Outcome:
         if not whole(warp):
             return Signal.PARK
-        pair_of(warp, group)
+        ctas = pair_of(warp, group)
         start, columns = same(warp, address, "the address"), _columns(warp, count)
         memory = warp.cta.tensor
         if start >> 16:
@@ -107,6 +108,11 @@ def dealloc(decoder: Decoder) -> Step:
         at = np.arange(LANES)[:, None] * COLUMNS + start + np.arange(columns)
         # Whatever still uses the columns must be known to be done.
         touch(memory, at, actor(warp, line), "dealloc", write=True)
+        for cta in ctas:
+            if cta is not warp.cta and warp.cta.cluster.settings.races:
+                # A pair frees together: what the other CTA still reads must be known, too.
+                conflict = cta.tensor.log.unfinished(at.reshape(-1), warp.vector[0])
+                complain(conflict, actor(warp, line), cta.tensor.name)
         memory.free(start, columns)
         warp.cta.cluster.event()
         return None
@@ -179,7 +185,7 @@ def load(decoder: Decoder) -> Step:
             return Signal.PARK
         memory = warp.cta.tensor
         at = _at(warp, _uniform(warp, address(warp)), places)
-        touch(memory, at, actor(warp, line), "tcgen05.ld", write=False)
+        touch(memory, at, load_actor(warp, line, targets), "tcgen05.ld", write=False)
         values, known = memory.words[at], memory.defined[at]
         if packed:
             low, high = values[..., 0] & 0xFFFF, values[..., 1] & 0xFFFF

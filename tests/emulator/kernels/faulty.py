@@ -99,10 +99,10 @@ def _divergent_barrier(y: cute.Tensor, broken: cutlass.Constexpr) -> None:
 
 @cute.jit
 def _divergent_shuffle(y: cute.Tensor, broken: cutlass.Constexpr) -> None:
-    """A shuffle names all lanes in its mask, and half of them execute it."""
+    """A shuffle reads from the half of the warp that does not execute it."""
     tid, i = _place()
     if tid % 32 < (16 if broken else 32):
-        y[i] = arch.shuffle_sync_bfly(tid, offset=1)
+        y[i] = arch.shuffle_sync_bfly(tid, offset=16)
     else:
         y[i] = tid
 

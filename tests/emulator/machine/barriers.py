@@ -24,13 +24,30 @@ class Mbarrier:
     done: np.ndarray
     """What whoever sees a completed phase may rely on."""
     line: int
+    maker: int
+    made: int
+    """Which agent made it, at which step of its clock."""
     phase: int = 0
     pending: int = 0
     transactions: int = 0
     history: list[str] = field(default_factory=list)
+    seen: int = 0
+    """Phases that somebody of its CTA has waited for."""
+    outside: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Steps of other CTAs' warps that arrived here, with their lines."""
+    awaited: tuple[int, int] = (0, 0)
+    """The last phase that asynchronous work of another CTA signals, and the line of that."""
 
     def __post_init__(self) -> None:
         self.pending = self.count
+
+    def unseen(self, known: np.ndarray) -> int | None:
+        """Line of a signal from another CTA that a CTA that knows this has not waited for."""
+        phase, line = self.awaited
+        if self.seen < phase:
+            return line
+        late = [by for agent, (clock, by) in self.outside.items() if known[agent] < clock]
+        return late[0] if late else None
 
     def arrive(self, count: int, vector: np.ndarray | None) -> None:
         """`count` arrivals, of a thread that knew `vector`."""

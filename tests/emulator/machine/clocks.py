@@ -89,19 +89,24 @@ class AccessLog:
     ) -> Conflict | None:  # fmt: skip
         """Note a write of cells `at`."""
         found = self._after_write(at, vector, row, ordered, atomic, "write after write")
-        for reader, (clocks, lines) in self.reads.items():
-            if found or reader in (agent, ordered):
-                continue
-            bad = clocks[at] > vector[GENERIC, reader]
-            if bad.any():
-                place = at[bad.argmax()]
-                name = self.agents.names[reader]
-                found = Conflict(int(place), "write after read", name, int(lines[place]), False)
+        found = found or self.unfinished(at, vector[GENERIC], agent, ordered)
         self.writer[at] = agent + 1
         self.written[at] = clock
         self.line[at] = line
         self.atomic[at] = atomic
         return found
+
+    def unfinished(self, at: np.ndarray, known: np.ndarray, *but: int) -> Conflict | None:
+        """A read of cells `at` by agents other than these that is not known to be done."""
+        for reader, (clocks, lines) in self.reads.items():
+            if reader in but:
+                continue
+            bad = clocks[at] > known[reader]
+            if bad.any():
+                place = int(at[bad.argmax()])
+                name = self.agents.names[reader]
+                return Conflict(place, "write after read", name, int(lines[place]), False)
+        return None
 
     def _after_write(
         self, at: np.ndarray, vector: np.ndarray, row: int, ordered: int, atomic: bool, kind: str

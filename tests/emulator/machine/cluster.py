@@ -152,13 +152,34 @@ class Cluster:
         if line:
             where = self.program.line(line)
             raise Fault("tensor memory", f"{cta.name} exits without freeing what it got at {where}")
+        known = np.max([warp.vector[0] for warp in cta.warps], axis=0)
         for barrier in cta.shared.mbarriers.values():
+            by = barrier.unseen(known)
+            if by is not None and self.settings.races:
+                raise Fault(
+                    "cluster lifetime",
+                    f"nothing orders the exit of {cta.name} after the signal of another CTA to "
+                    f"{barrier.name} at {self.program.line(by)}",
+                )
             if barrier.transactions:
                 raise Fault("barrier", f"{cta.name} exits with bytes pending: {barrier.state()}")
             if barrier.pending not in (0, barrier.count):
                 raise Fault(
                     "barrier", f"{cta.name} exits with a phase half done: {barrier.state()}"
                 )
+
+    def gives_up(self, warp: Warp) -> bool:
+        """Whether an attempt to wait fails at once, as hardware may let it: the next one waits."""
+        if self.settings.mode == "eager":
+            return False
+        failed = warp.streams.setdefault("failed attempts", set())
+        if warp.pc in failed:
+            failed.remove(warp.pc)
+            return False
+        if self.settings.mode == "random" and self.generator.random() < 0.5:
+            return False
+        failed.add(warp.pc)
+        return True
 
     def _round(self) -> bool:
         """Give warps their turn; whether anything ran."""

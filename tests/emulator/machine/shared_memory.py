@@ -56,6 +56,8 @@ class SharedMemory:
 
     def mbarrier(self, offset: int, what: str) -> Mbarrier:
         """The mbarrier object at an offset."""
+        if self.exited:
+            raise Fault("cluster lifetime", f"{what} of {self.place(offset)}: the CTA has exited")
         found = self.mbarriers.get(offset)
         if found is None:
             self.check(offset, offset + 8, what)

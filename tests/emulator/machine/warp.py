@@ -111,11 +111,21 @@ class Warp:
         np.maximum(self.vector, known, out=self.vector)
 
     def fence(self) -> None:
-        """Make what this warp knows of visible to the asynchronous proxy."""
-        np.maximum(self.vector[1], self.vector[0], out=self.vector[1])
+        """Make what this warp wrote, its cp.async too, visible to the asynchronous proxy.
+
+        Each writer must fence, before it meets those who start asynchronous work.
+        """
+        copies = self.streams.get("cp.async")
+        for agent in (self.agent, *([copies.agent] if copies is not None else [])):
+            self.vector[1, agent] = self.vector[0, agent]
         self.vector[0, self.agent] += 1
 
     # Control -----------------------------------------------------------------------------------
+
+    @property
+    def line(self) -> int:
+        """PTX line of the instruction under way."""
+        return self.cta.cluster.program.entry.instructions[self.pc].line
 
     @property
     def done(self) -> bool:

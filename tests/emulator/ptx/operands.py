@@ -23,10 +23,14 @@ from tests.emulator.ptx.syntax import (
 if TYPE_CHECKING:
     from tests.emulator.ptx.parser import Stream
     from tests.emulator.ptx.scope import Scope
+    from tests.emulator.ptx.tokens import Token
 
 
-def number(text: str) -> Immediate:
+def number(token: Token) -> Immediate:
     """A literal: 0f and 0d give the bits of a float, 1.5 those of a double."""
+    text = token.text
+    if token.kind != "number":
+        raise PtxError(f"line {token.line}: {text!r} is no number")
     if text[:2] in ("0f", "0F"):
         return Immediate(int(text[2:], 16), 32)
     if text[:2] in ("0d", "0D"):
@@ -54,12 +58,12 @@ def operand(stream: Stream, scope: Scope) -> Operand:
             raise PtxError(f"line {token.line}: only a predicate can be negated")
         return Not(inner)
     if token.text == "-":
-        value = number(stream.next().text)
+        value = number(stream.next())
         if value.float_bits:
             return Immediate(value.value ^ 1 << value.float_bits - 1, value.float_bits)
         return Immediate(-value.value)
     if token.kind == "number":
-        return number(token.text)
+        return number(token)
     if token.kind != "word":
         raise PtxError(f"line {token.line}: an operand cannot start with {token.text!r}")
     first = _named(token.text, scope)
@@ -68,7 +72,7 @@ def operand(stream: Stream, scope: Scope) -> Operand:
         return Pair(first, operand(stream, scope))
     if isinstance(first, Variable) and stream.peek().text == "+":
         stream.next()
-        return Variable(first.name, first.space, first.address + number(stream.next().text).value)
+        return Variable(first.name, first.space, first.address + number(stream.next()).value)
     return first
 
 
@@ -102,7 +106,7 @@ def _address(stream: Stream, scope: Scope) -> Address:
         while stream.peek().text in "+-":
             sign = -1 if stream.next().text == "-" else 1
             negative = stream.accept("-")
-            value = number(stream.next().text).value
+            value = number(stream.next()).value
             offset += sign * (-value if negative else value)
         if stream.accept(","):
             inner = operand(stream, scope)

@@ -145,7 +145,7 @@ class _Parser:
         while self.stream.peek().text.startswith("."):
             word = self.stream.next()
             if word.text == ".align":
-                align = number(self.stream.next().text).value
+                align = number(self.stream.next()).value
             elif word.text.startswith(".attribute"):
                 raise UnsupportedError(f"line {word.line}: {word.text} is not emulated")
             else:
@@ -155,8 +155,8 @@ class _Parser:
         while True:
             name, count, content = self.stream.next().text, 1, b""
             while self.stream.accept("["):
-                size = "0" if self.stream.peek().text == "]" else self.stream.next().text
-                count *= number(size).value
+                open_ended = self.stream.peek().text == "]"
+                count *= 0 if open_ended else number(self.stream.next()).value
                 self.stream.expect("]")
             if self.stream.accept("="):
                 content = self._initial(bytes_)
@@ -171,7 +171,7 @@ class _Parser:
         return b"".join((item.value & mask).to_bytes(bytes_, "little") for item in items)  # type: ignore[union-attr]
 
     def _file(self) -> None:
-        index = number(self.stream.next().text).value
+        index = number(self.stream.next()).value
         self.result.files[index] = self.stream.next().text.strip('"')
         while self.stream.accept(","):
             self.stream.next()
@@ -195,7 +195,7 @@ class _Parser:
             raise UnsupportedError(f"line {token.line}: directive {token.text} is not known")
         values = []
         while self.stream.peek().kind == "number":
-            values.append(number(self.stream.next().text).value)
+            values.append(number(self.stream.next()).value)
             self.stream.accept(",")
         entry.directives[token.text[1:]] = tuple(values)
 
@@ -210,14 +210,14 @@ class _Parser:
             while self.stream.peek().text.startswith("."):
                 word = self.stream.next()
                 if word.text == ".align":
-                    align = number(self.stream.next().text).value
+                    align = number(self.stream.next()).value
                 elif re.fullmatch(r"\.[busf]\d+", word.text):
                     bytes_ = width(word.text, word.line) // 8
                 elif word.text != ".ptr" and word.text not in (".global", ".shared", ".const"):
                     raise UnsupportedError(f"line {word.line}: {word.text} of a parameter")
             name, count = self.stream.next().text, 1
             if self.stream.accept("["):
-                count = number(self.stream.next().text).value
+                count = number(self.stream.next()).value
                 self.stream.expect("]")
             align = max(align, bytes_)
             offset = -(-offset // align) * align
@@ -351,7 +351,7 @@ class _Body:
             raise UnsupportedError(f"line {token.line}: directive {token.text} is not known")
 
     def _location(self) -> None:
-        file, line = (number(self.stream.next().text).value for _ in range(2))
+        file, line = (number(self.stream.next()).value for _ in range(2))
         self.parser.location = Location(file, line)
         here = self.stream.peek()  # the column
         while self.stream.peek().line == here.line and self.stream.peek() is not _END:
@@ -363,7 +363,7 @@ class _Body:
         while True:
             name = self.stream.next()
             if self.stream.accept("<"):
-                scope.declare_range(name.text, number(self.stream.next().text).value, bits)
+                scope.declare_range(name.text, number(self.stream.next()).value, bits)
                 self.stream.expect(">")
             else:
                 scope.declare(name.text, bits, name.line)
