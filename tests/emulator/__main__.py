@@ -32,9 +32,7 @@ def main() -> int:
         if options.trace is not None:
             tracing = trace.tracer(trace.parse(options.trace))
         DEFAULTS.set(
-            Settings(
-                mode=options.mode, schedule=options.schedule, seed=options.seed, trace=tracing
-            )
+            Settings(mode=options.mode, schedule=options.schedule, seed=options.seed, trace=tracing)
         )
         runpy.run_path(str(options.script), run_name="__main__")
     except EmulatorError as error:

@@ -170,9 +170,10 @@ def arithmetic_16(
         exact = formats.add_odd(value[0], value[1] if op == "add" else -value[1])
     else:
         raise UnsupportedError(f"{op}.{kind}: modelled are add, sub, mul and fma")
-    y = formats.odd_f32(exact)
+    # float16 is rounded to from float64 directly, bf16 by way of f32.
+    y = exact if kind == "f16" else formats.odd_f32(exact)
     if sat:
-        y = np.where(y > 0, np.minimum(y, np.float32(1)), np.float32(0))
+        y = np.where(y > 0, np.minimum(y, y.dtype.type(1)), y.dtype.type(0))
     result = _ENCODE[kind](y, relu=relu)
     return _flush_16(result, kind) if ftz else result
 
@@ -200,12 +201,10 @@ def pack_16(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def packed(op: str, kind: str, *words: np.ndarray, **modifiers: bool) -> np.ndarray:
     """{add,sub,mul,fma,min,max}...<kind>x2 of packed registers (uint32), halves independently."""
-    halves = [unpack_16(word) for word in words]
-    results = []
-    for side in range(2):
-        operands = tuple(half[side] for half in halves)
-        if op in ("min", "max"):
-            results.append(minmax_16(op, kind, *operands, **modifiers))
-        else:
-            results.append(arithmetic_16(op, kind, operands, **modifiers))
-    return pack_16(*results)
+    # Halves are rounded one by one, so all 64 lanes can be at once.
+    halves = tuple(np.ascontiguousarray(word, dtype=np.uint32).view(np.uint16) for word in words)
+    if op in ("min", "max"):
+        result = minmax_16(op, kind, *halves, **modifiers)
+    else:
+        result = arithmetic_16(op, kind, halves, **modifiers)
+    return np.ascontiguousarray(result, dtype=np.uint16).view(np.uint32)

@@ -175,8 +175,8 @@ def f32_to_bf16(
 def f32_to_f16(
     x: np.ndarray, mode: str = "rn", *, satfinite: bool = False, relu: bool = False
 ) -> np.ndarray:
-    """cvt.<mode>{.satfinite}{.relu}.f16.f32: raw uint16."""
-    x = np.asarray(x, dtype=np.float32)
+    """cvt.<mode>{.satfinite}{.relu}.f16.f32: raw uint16; of float64, rounded once, too."""
+    x = np.asarray(x)
     raw = narrow(x, np.float16, mode).view(np.uint16)
     return _finish_16(x, raw, np.uint16(0x7BFF), satfinite, relu)
 

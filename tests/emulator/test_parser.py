@@ -317,3 +317,25 @@ def test_files_that_are_refused(text, message):
 def test_unknown_special_registers_are_refused():
     with pytest.raises(Fault, match="special register: %pm0 is not emulated"):
         execute("mov.u32 r0, %pm0;")
+
+
+# Targets ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "message"),
+    [
+        ("tcgen05.wait::ld.sync.aligned;", "sm_90a", "needs sm_100a or sm_101a"),
+        ("tcgen05.wait::ld.sync.aligned;", "sm_120a", "needs sm_100a"),
+        ("cvt.rn.satfinite.e2m1x2.f32 b0, r0, r1;", "sm_90a", "needs sm_100a or newer"),
+        ("cvt.rn.satfinite.e4m3x2.f32 h0, r0, r1;", "sm_80", "needs sm_89 or newer"),
+        ("elect.sync r0|p0, r1;", "sm_89", "needs sm_90 or newer"),
+        ("barrier.cluster.arrive;", "sm_80", "needs sm_90 or newer"),
+        ("mov.b32 r0, 1;", "compute_90", "the emulator knows sm_80 and newer"),
+        ("mov.b32 r0, 1;", "sm_75", "needs sm_80 or newer"),
+    ],
+)
+def test_instructions_that_a_target_lacks(text, target, message):
+    entry = _entry(text)
+    with pytest.raises(PtxError, match=re.escape(message)):
+        decode(entry, RegisterFile(entry), target)

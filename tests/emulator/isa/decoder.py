@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Iterable
 
 from tests.emulator.errors import PtxError, UnsupportedError
+from tests.emulator.isa import targets
 from tests.emulator.machine.registers import RegisterFile
 from tests.emulator.machine.signals import Outcome, Signal, Step
 from tests.emulator.machine.warp import Warp
@@ -57,13 +58,12 @@ def instruction(*opcodes: str) -> Callable[[Callable[[Decoder], Step]], Callable
 class Decoder:
     """One instruction while it is decoded."""
 
-    def __init__(self, instruction: Instruction, file: RegisterFile, target: str) -> None:
+    def __init__(self, instruction: Instruction, file: RegisterFile) -> None:
         self.instruction = instruction
         self.opcode = instruction.opcode
         self.operands = instruction.operands
         self.line = instruction.line
         self.file = file
-        self.target = target
         self.left = list(instruction.modifiers)
 
     # Modifiers ---------------------------------------------------------------------------------
@@ -264,7 +264,8 @@ def decode(entry: Entry, file: RegisterFile, target: str) -> list[Step]:
         build = _REGISTRY.get(each.opcode)
         if build is None:
             raise UnsupportedError(f"line {each.line}: opcode {each.name} is not emulated")
-        decoder = Decoder(each, file, target)
+        targets.check(each, target)
+        decoder = Decoder(each, file)
         step = build(decoder)
         decoder.finish()
         step = tensor_loads.tracked(step, each, loaded)

@@ -18,6 +18,7 @@ from tests.emulator.machine.engine import Mode
 from tests.emulator.machine.global_memory import GlobalMemory
 from tests.emulator.machine.registers import LANES, RegisterFile, uniform
 from tests.emulator.machine.shared_memory import RANK_SHIFT
+from tests.emulator.machine.signals import Step
 from tests.emulator.machine.warp import Warp
 from tests.emulator.ptx.syntax import Entry, Module
 
@@ -52,11 +53,24 @@ class Program:
         self.memory = memory
         self.entry: Entry = module.entries[launch.kernel]
         self.parameters = self._parameters()
-        self.file = RegisterFile(self.entry)
-        self.code = decode(self.entry, self.file, module.target)
+        self.file, self.code = self._decoded()
         self.lines = {i.line: i for i in self.entry.instructions}
         self.shared_bytes = self._shared_bytes()
         self._check_shape()
+
+    def _decoded(self) -> tuple[RegisterFile, list[Step]]:
+        """Steps of the entry, decoded once for all its launches unless somebody edited it."""
+        entry, target = self.entry, self.module.target
+        kept = entry.decoded
+        if kept is None or kept[0] != entry.instructions or kept[1] != target:
+            file = RegisterFile(entry)
+            kept = entry.decoded = (
+                list(entry.instructions),
+                target,
+                file,
+                decode(entry, file, target),
+            )
+        return kept[2], kept[3]
 
     def _parameters(self) -> np.ndarray:
         given, wanted = self.launch.params, self.entry.parameters

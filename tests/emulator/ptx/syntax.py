@@ -7,6 +7,7 @@ that declare the same name hold two registers, and a label is an index of an ins
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 BITS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "b128": 128}
 """Widths of registers; .u, .s and .f declarations become .b of the same width."""
@@ -161,6 +162,8 @@ class Entry:
     local_bytes: int = 0
     directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """``reqntid``, ``reqnctapercluster``, ``minnctapersm``, ..."""
+    decoded: Any = field(default=None, repr=False, compare=False)
+    """What the machine keeps of it between launches."""
 
 
 @dataclass
