@@ -77,12 +77,10 @@ def locate(warp: Warp, space: str, addresses: np.ndarray) -> list[tuple[Place, n
         if (tops != tops[0]).any():
             raise Fault("address", "lanes of one access use different state spaces")
         space = _WINDOWS.get(int(tops[0]), "global")
+        space = "shared::cluster" if space == "shared" else space
         mine = mine & np.uint64((1 << 56) - 1)
     if space == "global" and len(mine):
         parts = warp.cta.cluster.program.memory.parts(mine)
-        return [(Place(space, mine[part]), lanes[part]) for part in parts]
-    if space == "global":
-        parts = warp.cta.cluster.program.memory.split(mine)
         return [(Place(space, mine[part]), lanes[part]) for part in parts]
     if space not in SHARED:
         return [(Place(space, mine), lanes)]
@@ -92,8 +90,8 @@ def locate(warp: Warp, space: str, addresses: np.ndarray) -> list[tuple[Place, n
     for rank in np.unique(ranks).tolist():
         chosen = ranks == rank
         memory = shared_of(warp, rank)
-        if space == "shared::cta" and memory is not warp.cta.shared:
-            raise Fault("address", f"a .shared::cta access to {memory.name}")
+        if space != "shared::cluster" and memory is not warp.cta.shared:
+            raise Fault("address", f"a .{space} access to {memory.name}: only .shared::cluster may")
         found.append((Place("shared", offsets[chosen], memory), lanes[chosen]))
     return found
 
@@ -151,7 +149,7 @@ def load(warp: Warp, place: Place, size: int, line: int, *, atomic: bool = False
         return _parameters(warp, place.addresses.astype(np.int64), size)
     if place.space == "local":
         data, defined = _local(warp)
-        at = spans(place.addresses.astype(np.int64), size)
+        at = _local_bytes(data, place.addresses, size)
         lanes = np.flatnonzero(warp.lanes)[:, None]
         return data[lanes, at], defined[lanes, at]
     raise Fault("address", f"no loads from .{place.space}")
@@ -175,7 +173,7 @@ def store(
         write_global(memory, place.addresses, data, defined, who, atomic=atomic)
     elif place.space == "local":
         bytes_, known = _local(warp)
-        at = spans(place.addresses.astype(np.int64), size)
+        at = _local_bytes(bytes_, place.addresses, size)
         lanes = np.flatnonzero(warp.lanes)[:, None]
         bytes_[lanes, at] = data
         known[lanes, at] = defined
@@ -193,6 +191,13 @@ def _check_lanes(addresses: np.ndarray, data: np.ndarray) -> None:
         other = first.setdefault(address, lane)
         if (data[lane] != data[other]).any():
             raise Fault("race", f"two lanes of one store write different values to {address:#x}")
+
+
+def _local_bytes(data: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
+    at = spans(addresses.astype(np.int64), size)
+    if at.min() < 0 or at.max() >= data.shape[1]:
+        raise Fault("out of bounds", f"local byte {int(at.max())} of {data.shape[1]}")
+    return at
 
 
 def _parameters(warp: Warp, offsets: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

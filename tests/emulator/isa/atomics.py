@@ -82,7 +82,6 @@ def _atom(decoder: Decoder) -> Step:
     first = 2 if returns else 1
     slots = [decoder.source(i, bits) for i in range(first, wanted)]
     addresses, line = evaluate(decoder, first - 1), decoder.line
-    space = "shared" if space.startswith("shared") else space
     part = DTYPES[bits]
 
     def step(warp: Warp) -> None:
@@ -91,10 +90,9 @@ def _atom(decoder: Decoder) -> Step:
         old = np.zeros(32, part)
         for place, lanes in locate(warp, space, addresses(warp)):
             old[lanes] = _serially(warp, place, lanes, slots, update, part, line)
-            key = (place.space, id(place.memory), int(place.addresses[0]))
-            if kind != "relaxed":
-                observed(warp, kind, key)
-            published(warp, kind, key)
+            if returns:
+                observed(warp, kind, place)
+            published(warp, kind, place)
         if destination is not None:
             warp.put(destination, old, FULL)
         warp.cta.cluster.event()

@@ -9,6 +9,7 @@ from tests.emulator.isa.addresses import SHARED, evaluate, known_barrier, one_sh
 from tests.emulator.isa.decoder import TYPES, Decoder, instruction
 from tests.emulator.isa.lanes import together
 from tests.emulator.isa.memory import SCOPES
+from tests.emulator.machine.access import actor, claim_shared
 from tests.emulator.machine.barriers import LIMIT, Mbarrier
 from tests.emulator.machine.registers import FULL, bits_of, uniform
 from tests.emulator.machine.signals import Outcome, Signal, Step, Wait
@@ -38,8 +39,10 @@ def _bar(decoder: Decoder) -> Step:
     count = decoder.source(1, 32) if len(decoder.operands) == 2 else -1
 
     def step(warp: Warp) -> Outcome:
-        if aligned and warp.mask != warp.live:
-            return Signal.PARK
+        if warp.mask != warp.live:
+            if aligned:
+                return Signal.PARK
+            raise Fault("divergence", "barrier.sync by some lanes of a warp is not emulated")
         return _arrive_at(warp, number, count, wait=action == "sync")
 
     return step
@@ -220,10 +223,14 @@ def _init(decoder: Decoder) -> Step:
             raise Fault("barrier", f"mbarrier.init of the live one at {memory.place(offset)}")
         agents = warp.cta.cluster.agents
         name = f"the mbarrier at {memory.place(offset)} (made at line {line})"
+        if offset not in memory.former:
+            memory.former[offset] = agents.add(name), 0
+        agent, phase = memory.former[offset]
         made = Mbarrier(
-            name, number, agents.add(name), agents.vector(), agents.vector(), line, warp.agent,
-            warp.clock,
+            name, number, agent, agents.vector(), agents.vector(), line, warp.agent,
+            warp.clock, phase,
         )  # fmt: skip
+        claim_shared(memory, np.arange(offset, offset + 8), actor(warp, line), "mbarrier.init")
         memory.mbarriers[offset] = made
         memory.barrier_bytes[offset : offset + 8] = True
 
@@ -238,7 +245,9 @@ def _invalidate(decoder: Decoder) -> Step:
 
     def step(warp: Warp) -> None:
         memory, offset = one_shared(warp, addresses(warp), "mbarrier.inval")
-        memory.mbarrier(offset, "mbarrier.inval")
+        gone = memory.mbarrier(offset, "mbarrier.inval")
+        # Another one there goes on counting phases, from an even one.
+        memory.former[offset] = gone.agent, (gone.phase + 2) & ~1
         del memory.mbarriers[offset]
         memory.barrier_bytes[offset : offset + 8] = False
         memory.defined[offset : offset + 8] = False
@@ -290,7 +299,7 @@ def _arrive_once(
         barrier.outside[warp.agent] = warp.clock, warp.line
     warp.put(slot, uniform(barrier.phase, 64), FULL)
     value = _one(warp, number, "the operand of mbarrier.arrive") if number >= 0 else 1
-    known = warp.release() if kind == "release" else None
+    known = warp.release() if kind == "release" else warp.streams.get("fenced")
     if drop:
         barrier.count -= lanes if expect else value * lanes
     if expect:
@@ -354,6 +363,9 @@ def _wait(decoder: Decoder, action: str) -> Step:
                 barrier.seen = max(barrier.seen, barrier.phase)
             if done and kind == "acquire":
                 warp.acquire(barrier.done)
+            elif done:
+                seen = warp.streams.get("seen", barrier.done)
+                warp.streams["seen"] = np.maximum(seen, barrier.done)
 
         if ready():
             then(True)

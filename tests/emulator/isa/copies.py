@@ -34,17 +34,25 @@ from tests.emulator.machine.signals import Outcome, Step, Wait
 from tests.emulator.machine.warp import Warp
 from tests.emulator.ptx.syntax import Immediate
 
+STORES = "bulk stores"
+
 
 @dataclass
 class Groups:
     """Copies of a warp that are waited for by groups: cp.async's, or bulk stores'."""
 
     agent: int
+    """Of the reads, and of what cp.async writes."""
+    writes: int
+    """Of what stores write: `wait_group.read` says nothing about it."""
     serial: int = 0
+    lanes: int = 0
+    """Lanes that have started copies: groups belong to threads."""
     finished: set[int] = field(default_factory=set)
     open: list[int] = field(default_factory=list)
     committed: list[list[int]] = field(default_factory=list)
     lines: dict[int, int] = field(default_factory=dict)
+    did: dict[str, int] = field(default_factory=dict)
     waited_for: int = 0
     """Number of the newest copy that is known to be done."""
 
@@ -54,6 +62,17 @@ class Groups:
         self.open.append(self.serial)
         self.lines[self.serial] = line
         return self.serial
+
+    def all_did(self, what: str, mask: int) -> bool:
+        """Whether, with these lanes, all that started copies have done something.
+
+        Groups belong to threads: what one lane started, another can neither commit nor wait for.
+        """
+        self.did[what] = self.did.get(what, 0) | mask
+        if self.lanes & ~self.did[what]:
+            return False
+        self.did[what] = 0
+        return True
 
     def commit(self) -> None:
         """Close the open group."""
@@ -69,13 +88,25 @@ class Groups:
 def groups_of(warp: Warp, kind: str) -> Groups:
     """Those of a warp; `kind` names them for messages."""
     if kind not in warp.streams:
-        warp.streams[kind] = Groups(warp.cta.cluster.agents.add(f"{warp.name}'s {kind}"))
+        add = warp.cta.cluster.agents.add
+        agent = add(f"{warp.name}'s {kind}")
+        writes = add(f"what {warp.name}'s {kind} write") if kind == STORES else agent
+        warp.streams[kind] = Groups(agent, writes)
     return warp.streams[kind]
 
 
-def wait_for(warp: Warp, kind: str, left: int) -> Outcome:
+def commit(warp: Warp, kind: str) -> None:
+    """Close the open groups of the lanes."""
+    groups = groups_of(warp, kind)
+    if groups.all_did("commit", warp.mask):
+        groups.commit()
+
+
+def wait_for(warp: Warp, kind: str, left: int, *, read: bool = False) -> Outcome:
     """Stop until all but `left` groups are done; then what they did may be relied on."""
     groups = groups_of(warp, kind)
+    if not groups.all_did(f"wait {left}", warp.mask):
+        return None
     numbers = groups.waited(left)
 
     def ready() -> bool:
@@ -84,8 +115,9 @@ def wait_for(warp: Warp, kind: str, left: int) -> Outcome:
     def then(_: bool) -> None:
         if numbers:
             groups.waited_for = max(groups.waited_for, *numbers)
-            known = warp.vector[0, groups.agent]
-            warp.vector[0, groups.agent] = max(known, groups.waited_for)
+            for agent in (groups.agent,) if read else (groups.agent, groups.writes):
+                known = warp.vector[0, agent]
+                warp.vector[0, agent] = max(known, groups.waited_for)
 
     if ready():
         then(True)
@@ -117,7 +149,7 @@ def _cp(decoder: Decoder) -> Step:
     if decoder.flag("bulk"):
         return _bulk(decoder)
     if decoder.flag("commit_group"):
-        return lambda warp: groups_of(warp, "cp.async").commit()
+        return lambda warp: commit(warp, "cp.async")
     if decoder.flag("wait_all"):
         return _wait_all
     if decoder.flag("wait_group"):
@@ -129,7 +161,7 @@ def _cp(decoder: Decoder) -> Step:
 
 
 def _wait_all(warp: Warp) -> Outcome:
-    groups_of(warp, "cp.async").commit()
+    commit(warp, "cp.async")
     return wait_for(warp, "cp.async", 0)
 
 
@@ -154,17 +186,17 @@ def _copy(decoder: Decoder) -> Step:
 
     def step(warp: Warp) -> None:
         warp.require(given, "the source size of cp.async")
-        (place, lanes), *more = locate(warp, "shared", target(warp))
+        (place, lanes), *more = locate(warp, "shared::cta", target(warp))
         if more:
             raise Fault("address", "cp.async to several CTAs")
         groups = groups_of(warp, "cp.async")
         serial = groups.start(line)
+        groups.lanes |= warp.mask
         writer = _writer(warp, groups.agent, serial, line)
-        reader = _writer(warp, warp.agent, warp.clock, line)
         at = spans(place.addresses, size)
         check_aligned(place.addresses, size, "cp.async")
         claim_shared(place.memory, at, writer, "cp.async")
-        fetched = _fetched(warp, source(warp), warp.r[given], lanes, size, reader)
+        fetched = _fetched(warp, source(warp), warp.r[given], lanes, size, writer)
         place.memory.defined[at] = False
         place.memory.data[at] = 0xFF
 
@@ -180,7 +212,7 @@ def _copy(decoder: Decoder) -> Step:
 def _writer(warp: Warp, agent: int, clock: int, line: int) -> Actor:
     cluster = warp.cta.cluster
     return Actor(
-        cluster.program, warp.name, agent, clock, line, warp.vector, ordered=agent,
+        cluster.program, warp.name, agent, clock, line, warp.vector.copy(),
         races=cluster.settings.races,
     )  # fmt: skip
 
@@ -211,17 +243,25 @@ def bulk_writer(warp: Warp, barrier: Mbarrier, line: int) -> Actor:
     cluster = warp.cta.cluster
     return Actor(
         cluster.program, f"a bulk copy of {warp.name}", barrier.agent, barrier.phase + 1, line,
-        warp.vector, ASYNC, ordered=barrier.agent, races=cluster.settings.races,
+        warp.vector.copy(), ASYNC, races=cluster.settings.races,
     )  # fmt: skip
 
 
-def bulk_reader(warp: Warp, groups: Groups, serial: int, line: int) -> Actor:
-    """A store's reads: the asynchronous proxy's, waited for by group."""
+def bulk_actor(warp: Warp, agent: int, serial: int, line: int) -> Actor:
+    """A store's reads or writes: the asynchronous proxy's, waited for by group."""
     cluster = warp.cta.cluster
     return Actor(
-        cluster.program, f"a bulk copy of {warp.name}", groups.agent, serial, line, warp.vector,
-        ASYNC, ordered=groups.agent, races=cluster.settings.races,
+        cluster.program, f"a bulk copy of {warp.name}", agent, serial, line, warp.vector.copy(),
+        ASYNC, races=cluster.settings.races,
     )  # fmt: skip
+
+
+def start_store(warp: Warp, line: int) -> tuple[Groups, int]:
+    """Groups and number of a new bulk store."""
+    groups = groups_of(warp, STORES)
+    groups.lanes |= warp.mask
+    check_group_end(warp, groups)
+    return groups, groups.start(line)
 
 
 def check_group_end(warp: Warp, groups: Groups) -> None:
@@ -253,13 +293,14 @@ def _bulk(decoder: Decoder) -> Step:
     from tests.emulator.isa import tensor_copies
 
     if decoder.flag("commit_group"):
-        return lambda warp: groups_of(warp, "bulk stores").commit()
+        return lambda warp: commit(warp, STORES)
     if decoder.flag("wait_group"):
-        decoder.flag("read")
-        left = _number(decoder, 0)
-        return lambda warp: wait_for(warp, "bulk stores", left)
+        read, left = decoder.flag("read"), _number(decoder, 0)
+        return lambda warp: wait_for(warp, STORES, left, read=read)
     if decoder.flag("prefetch"):
-        decoder.left.clear()
+        hints(decoder)
+        for name in ("tensor", "1d", "2d", "3d", "4d", "5d", "tile", "L2", "global"):
+            decoder.flag(name)
         return lambda warp: None
     if decoder.flag("tensor"):
         return tensor_copies.tensor(decoder)
@@ -306,6 +347,8 @@ def _bulk_load(target: Any, source: Any, size: int, barrier: Any, line: int) -> 
         count = _bulk_size(warp, size)
         memory, offset = one_shared(warp, target(warp), "a bulk load")
         barrier_memory, at_barrier = one_shared(warp, barrier(warp), "a bulk load's mbarrier")
+        if memory is not barrier_memory:
+            raise Fault("address", "a bulk load signals another CTA than it writes to")
         done = known_barrier(warp, barrier_memory, at_barrier, "a bulk load")
         address = np.array([_first(warp, source(warp))], np.uint64)
         check_aligned(address, 16, "bulk load")
@@ -315,11 +358,14 @@ def _bulk_load(target: Any, source: Any, size: int, barrier: Any, line: int) -> 
         claim_shared(memory, at, writer, "bulk load")
         memory.data[at], memory.defined[at] = 0xFF, False
         globals_ = warp.cta.cluster.program.memory
+        # Checked as it is issued: what happens in between is a race whenever it completes.
+        read_global(globals_, address, count, writer, what="bulk load")
+        found, offsets = globals_.find(address, count, "bulk load")
+        source_at = np.arange(int(offsets[0]), int(offsets[0]) + count)
 
         def effect() -> None:
-            data, defined = read_global(globals_, address, count, writer, what="bulk load")
-            memory.data[at], memory.defined[at] = data[0], defined[0]
-            done.delivered(count)
+            memory.data[at], memory.defined[at] = found.data[source_at], found.defined[source_at]
+            memory.mbarrier(at_barrier, "a bulk load").delivered(count)
 
         submit(warp, "bulk load", line, effect)
 
@@ -334,14 +380,13 @@ def _bulk_store(target: Any, source: Any, size: int, line: int) -> Step:
         address = np.array([_first(warp, target(warp))], np.uint64)
         check_aligned(address, 16, "bulk store")
         check_aligned(np.array([offset]), 16, "bulk store")
-        groups = groups_of(warp, "bulk stores")
-        serial = groups.start(line)
-        check_group_end(warp, groups)
-        reader = bulk_reader(warp, groups, serial, line)
+        groups, serial = start_store(warp, line)
+        reader = bulk_actor(warp, groups.agent, serial, line)
+        writer = bulk_actor(warp, groups.writes, serial, line)
         at = np.arange(offset, offset + count)
         read_shared(memory, at, reader, "bulk store")
         globals_ = warp.cta.cluster.program.memory
-        found, to = claim_global(globals_, address, count, reader, what="bulk store")
+        found, to = claim_global(globals_, address, count, writer, what="bulk store")
 
         def effect() -> None:
             found.data[to[0]], found.defined[to[0]] = memory.data[at], memory.defined[at]

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from tests.emulator.isa.addresses import SHARED, evaluate, load, locate, space_of, store
+from tests.emulator.isa.addresses import SHARED, Place, evaluate, load, locate, space_of, store
 from tests.emulator.isa.decoder import TYPES, Decoder, instruction
 from tests.emulator.machine.registers import DTYPES, FULL, bits_of
 from tests.emulator.machine.signals import Step
 from tests.emulator.machine.warp import Warp
-from tests.emulator.ptx.syntax import Operand, Register, Sink
+from tests.emulator.ptx.syntax import Operand, Register
 
-_SPACES = ("global", *SHARED, "local", "const", "param::entry", "param::func", "param")
+_SPACES = ("global", *SHARED, "local", "const", "param::entry", "param")
 SCOPES = ("cta", "cluster", "gpu", "sys")
 _HINTS = (
     "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "unified", "weak", "mmio",
@@ -39,22 +39,29 @@ def order(decoder: Decoder) -> str:
     return kind
 
 
-def published(warp: Warp, kind: str, key: Any) -> None:
+def _keys(place: Place) -> list[tuple[str, int, int]]:
+    """Where strong accesses meet: an address each."""
+    memory = id(place.memory)
+    return [(place.space, memory, address) for address in set(place.addresses.tolist())]
+
+
+def published(warp: Warp, kind: str, place: Place) -> None:
     """A strong write: whoever reads it with acquire knows what a release, or a fence, covered."""
     known = warp.release() if kind in ("release", "acq_rel") else warp.streams.get("fenced")
     if known is None:
         return
     table = warp.cta.cluster.published
-    if key in table:
-        known = np.maximum(known, table[key])
-    table[key] = known
+    for key in _keys(place):
+        table[key] = np.maximum(known, table[key]) if key in table else known
 
 
-def observed(warp: Warp, kind: str, key: Any) -> None:
+def observed(warp: Warp, kind: str, place: Place) -> None:
     """A strong read: with acquire, or at the next fence, its writer's knowledge is shared."""
-    known = warp.cta.cluster.published.get(key)
-    if known is None:
+    table = warp.cta.cluster.published
+    vectors = [table[key] for key in _keys(place) if key in table]
+    if not vectors:
         return
+    known = np.max(vectors, axis=0)
     if kind in ("acquire", "acq_rel"):
         warp.acquire(known)
     else:
@@ -70,10 +77,7 @@ def _elements(decoder: Decoder) -> int:
 def _ld(decoder: Decoder) -> Step:
     kind = order(decoder)
     policy = hints(decoder)
-    space = space_of(decoder, 1, decoder.choice(_SPACES)).partition("::")[0]
-    exact = decoder.instruction.modifiers
-    if space == "shared" and "shared::cta" in exact:
-        space = "shared::cta"
+    space = space_of(decoder, 1, decoder.choice(_SPACES)).removesuffix("::entry")
     count = _elements(decoder)
     type_ = decoder.type()
     decoder.count(2 + policy)
@@ -89,7 +93,7 @@ def _ld(decoder: Decoder) -> Step:
         for place, lanes in locate(warp, space, addresses(warp)):
             data, defined = load(warp, place, size, line, atomic=bool(kind))
             if kind:
-                observed(warp, kind, (place.space, id(place.memory), int(place.addresses[0])))
+                observed(warp, kind, place)
             values = np.ascontiguousarray(data).view(part)
             known = defined.reshape(len(lanes), count, -1).all(2)
             _put(warp, targets, values, known, lanes, part)
@@ -134,13 +138,11 @@ def _put(
 def _st(decoder: Decoder) -> Step:
     kind = order(decoder)
     policy = hints(decoder)
-    space = space_of(decoder, 0, decoder.choice(_SPACES)).partition("::")[0]
-    if space == "shared" and "shared::cta" in decoder.instruction.modifiers:
-        space = "shared::cta"
+    space = space_of(decoder, 0, decoder.choice(_SPACES))
     count = _elements(decoder)
     bits = TYPES[decoder.type()]
     decoder.count(2 + policy)
-    sources = [decoder.wide(item)[0] for item in decoder.items(1) if not isinstance(item, Sink)]
+    sources = [_source(decoder, item, bits) for item in decoder.items(1)]
     if len(sources) != count:
         raise decoder.refuse(f"{len(sources)} registers")
     addresses, line, part = evaluate(decoder, 0), decoder.line, DTYPES[bits]
@@ -156,9 +158,16 @@ def _st(decoder: Decoder) -> Step:
             defined = _defined(warp, sources, known, lanes, data.shape[1])
             store(warp, place, data, defined, line, atomic=bool(kind))
             if kind:
-                published(warp, kind, (place.space, id(place.memory), int(place.addresses[0])))
+                published(warp, kind, place)
 
     return step
+
+
+def _source(decoder: Decoder, item: Operand, bits: int) -> int:
+    """Slot of a stored value: a register may be wider than the type, a literal may not."""
+    if isinstance(item, Register) and item.bits >= max(bits, 8):
+        return item.slot
+    return decoder.source(item, bits)
 
 
 def _defined(
@@ -176,9 +185,7 @@ def _fence(decoder: Decoder) -> Step:
     """fence.proxy.async lets asynchronous work see what this warp knows of; others order it."""
     proxy = decoder.choice(("proxy", "mbarrier_init"))
     if proxy == "proxy":
-        kind = decoder.choice(
-            ("async", "async::generic", "alias", "tensormap::generic", "async.global")
-        )
+        kind = decoder.choice(("async", "async::generic", "alias", "tensormap::generic"))
         decoder.choice(("global", *SHARED))
         decoder.choice(("acquire", "release", "sync_restrict::shared::cta",
                         "sync_restrict::shared::cluster"))  # fmt: skip

@@ -9,18 +9,23 @@ import numpy as np
 from tests.emulator.errors import Fault
 from tests.emulator.isa.addresses import SHARED, evaluate, known_barrier, one_shared, shared_of
 from tests.emulator.isa.copies import (
-    bulk_reader,
+    bulk_actor,
     bulk_writer,
-    check_group_end,
-    groups_of,
     one_lane,
+    start_store,
     submit,
 )
 from tests.emulator.isa.decoder import Decoder
 from tests.emulator.isa.memory import hints
 from tests.emulator.isa.moves import SPACES
-from tests.emulator.machine.access import Actor, claim_shared, note, read_shared
-from tests.emulator.machine.clocks import describe
+from tests.emulator.machine.access import (
+    Actor,
+    check_clusters,
+    claim_shared,
+    complain,
+    note,
+    read_shared,
+)
 from tests.emulator.machine.global_memory import Range
 from tests.emulator.machine.signals import Step
 from tests.emulator.machine.warp import Warp
@@ -166,9 +171,8 @@ def _note_global(warp: Warp, found: Range, at: np.ndarray, who: Actor, *, write:
     memory = warp.cta.cluster.program.memory
     assert found.log is not None
     conflict = note(found.log, at, who, write=write)
-    if conflict is not None:
-        place = f"byte {conflict.place} of {found.name}"
-        raise Fault("race", describe(conflict, lambda _: place, who.program.line))
+    complain(conflict, who, f"byte {conflict.place} of {found.name}" if conflict else "")
+    check_clusters(memory, found, at, who, write=write)
     if write:
         found.twice[at] |= found.owner[at] != 0
         found.owner[at] = memory.cluster
@@ -200,16 +204,15 @@ def _store(decoder: Decoder, rank: int) -> Step:
         memory, offset = one_shared(warp, source(warp), "a tensor store")
         if offset % 128:
             raise Fault("misaligned", f"a tensor store from shared offset {offset:#x}")
-        groups = groups_of(warp, "bulk stores")
-        serial = groups.start(line)
-        check_group_end(warp, groups)
-        reader = bulk_reader(warp, groups, serial, line)
+        groups, serial = start_store(warp, line)
+        reader = bulk_actor(warp, groups.agent, serial, line)
+        writer = bulk_actor(warp, groups.writes, serial, line)
         found = _region(warp, box)
         at, valid = _bytes(found, box, plan, "tensor store")
         inner = box.shared_addresses(offset)[valid]
         if len(inner):
             read_shared(memory, inner, reader, "tensor store")
-        _note_global(warp, found, at, reader, write=True)
+        _note_global(warp, found, at, writer, write=True)
 
         def effect() -> None:
             found.data[at], found.defined[at] = memory.data[inner], memory.defined[inner]

@@ -146,7 +146,7 @@ def _commit(decoder: Decoder) -> Step:
         if multicast:
             mask = same(warp, mask_slot, "the multicast mask")
             targets = [cta.shared for cta in ctas if mask >> cta.rank & 1]
-            if not targets:
+            if not targets or mask >> len(ctas):
                 raise Fault("multicast", f"mask {mask:#06x} in a cluster of {len(ctas)}")
         stream = stream_of(warp)
         known = warp.release()

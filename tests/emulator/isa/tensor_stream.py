@@ -113,4 +113,4 @@ def same(warp: Warp, slot: int, what: str) -> int:
 
 def whole(warp: Warp) -> bool:
     """Whether the lanes of a warp are together, as .aligned instructions need them."""
-    return warp.mask == warp.live
+    return warp.mask == warp.whole

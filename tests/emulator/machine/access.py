@@ -112,15 +112,28 @@ def claim_shared(
 # Global memory -----------------------------------------------------------------------------------
 
 
-def _check_clusters(
-    memory: GlobalMemory, found: Range, at: np.ndarray, who: Actor, kind: str
-) -> None:
-    """Clusters of one launch are in no order: what one wrote, another must not touch."""
-    owners = found.owner[at]
-    bad = (owners != 0) & (owners != memory.cluster)
-    if who.races and bad.any():
-        byte = int(at.reshape(-1)[bad.reshape(-1).argmax()])
-        raise Fault("race", f"{kind} byte {byte} of {found.name}, which another cluster wrote")
+def check_clusters(
+    memory: GlobalMemory, found: Range, at: np.ndarray, who: Actor, *, write: bool,
+    atomic: bool = False,
+) -> None:  # fmt: skip
+    """Clusters of one launch are in no order: what one wrote, another must not touch.
+
+    Nor write what another read, but for atomic accesses of both.
+    """
+    if not who.races:
+        return
+    mine, owners, readers = memory.cluster, found.owner[at], found.reader[at]
+    wrote = (owners != 0) & (owners != mine)
+    read = (readers != 0) & (readers != mine) & write
+    if atomic:
+        wrote &= ~found.atomic[at]
+    for bad, what in ((wrote, "wrote"), (read, "read")):
+        if bad.any():
+            byte = int(at.reshape(-1)[bad.reshape(-1).argmax()])
+            verb = "writes" if write else "reads"
+            raise Fault("race", f"{verb} byte {byte} of {found.name}, which another cluster {what}")
+    if not write and not atomic:
+        found.reader[at] = np.where((readers == 0) | (readers == mine), mine, -1)
 
 
 def read_global(
@@ -131,8 +144,7 @@ def read_global(
     found, offsets = memory.find(addresses, size, what)
     at = spans(offsets, size)
     memory.check_owned(found, at, what)
-    if not atomic:
-        _check_clusters(memory, found, at, who, "reads")
+    check_clusters(memory, found, at, who, write=False, atomic=atomic)
     assert found.log is not None
     conflict = note(found.log, at.reshape(-1), who, write=False, atomic=atomic)
     if conflict is not None:
@@ -162,8 +174,9 @@ def claim_global(
     conflict = note(found.log, at.reshape(-1), who, write=True, atomic=atomic)
     if conflict is not None:
         complain(conflict, who, f"byte {conflict.place} of {found.name}")
+    check_clusters(memory, found, at, who, write=True, atomic=atomic)
     if not atomic:
-        _check_clusters(memory, found, at, who, "writes")
         found.twice[at] |= found.owner[at] != 0
-        found.owner[at] = memory.cluster
+    found.owner[at] = memory.cluster
+    found.atomic[at] = atomic
     return found, at

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 QUANTUM = 4096
 """Instructions a warp executes before another has its turn, in round robin."""
 
+POLLING = 4
+"""Rounds without an event after which warps that still run are taken to be polling."""
+
 PATIENCE = 64
 """Rounds in which nothing but polling happens before the kernel counts as deadlocked."""
 
@@ -99,6 +102,8 @@ class Cluster:
         self.event()
         if not warp.groups and all(w.done for w in warp.cta.warps):
             self.cta_left(warp.cta)
+        if warp.done and warp.streams.get("cluster arrival") == self.barrier.generation:
+            self.barrier.arrived -= 1  # only the living are counted
         for barrier in warp.cta.named.values():
             if barrier.everybody:
                 barrier.complete_if(warp.cta.threads)
@@ -121,13 +126,15 @@ class Cluster:
     def run(self) -> None:
         """Execute until every warp has exited; raises what the kernel did wrong."""
         idle, seen = 0, self.events
+        rounds, last = 0, self.events
         while not all(warp.done for warp in self.warps):
             ran = self._round()
+            rounds, last = (0 if self.events != last else rounds + 1), self.events
             if self.executed > self.settings.max_instructions:
                 raise Deadlock(
                     f"{self.executed} instructions and no end (max_instructions)\n{self.report()}"
                 )
-            completed = self.engine.advance(stuck=not ran)
+            completed = self.engine.advance(stuck=not ran or rounds > POLLING)
             if ran or completed:
                 continue
             # Polling itself is no progress: a wait that timed out may just be tried again.
@@ -204,7 +211,9 @@ class Cluster:
             return None
         if self.settings.schedule == "random":
             return self.generator.choice(groups)
-        return min(groups, key=lambda group: group.pc)
+        # A group that used up its turn may be polling for another of its warp.
+        fresh = [group for group in groups if group is not warp.tired] or groups
+        return min(fresh, key=lambda group: group.pc)
 
     def _execute(self, warp: Warp, group: Group, quantum: int) -> None:
         before = warp.executed

@@ -33,6 +33,10 @@ class Range:
     owner: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     """Which cluster wrote a byte last, 0 for none."""
     twice: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    atomic: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    """Whether that was an atomic or strong access."""
+    reader: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    """Which cluster read a byte, 0 for none, -1 for several."""
 
     @property
     def end(self) -> int:
@@ -65,6 +69,8 @@ class GlobalMemory:
         found = Range(name, base, data, owned.copy(), defined, output)
         found.owner = np.zeros(len(owned), np.int32)
         found.twice = np.zeros(len(owned), bool)
+        found.atomic = np.zeros(len(owned), bool)
+        found.reader = np.zeros(len(owned), np.int32)
         if output:
             data[owned] = POISON
         self.ranges.insert(at, found)
@@ -85,6 +91,7 @@ class GlobalMemory:
         """Writes of earlier launches are done and in order with what comes."""
         for each in self.ranges:
             each.owner[:] = 0
+            each.reader[:] = 0
             each.twice[:] = False
 
     def start_cluster(self, agents: Agents) -> None:
@@ -104,14 +111,6 @@ class GlobalMemory:
             if (nearest != nearest[0]).any():
                 return [np.flatnonzero(nearest == each) for each in np.unique(nearest)]
         return [np.arange(len(addresses))]
-
-    def split(self, addresses: np.ndarray) -> list[np.ndarray]:
-        """Indices of addresses by range: most often all of them."""
-        last = self._last
-        if last is not None and addresses.min() >= last.base and addresses.max() < last.end:
-            return [np.arange(len(addresses))]
-        which = np.searchsorted(np.array(self._bases, np.uint64), addresses, side="right")
-        return [np.flatnonzero(which == number) for number in np.unique(which)]
 
     def find(self, addresses: np.ndarray, size: int, what: str) -> tuple[Range, np.ndarray]:
         """The range of these addresses ([lanes] uint64) and their offsets in it: all in one."""

@@ -101,6 +101,15 @@ class Program:
         block = self.launch.block
         if required and tuple(required) + (1,) * (3 - len(required)) != block:
             raise ArgumentsError(f"{self.entry.name} requires blocks of {required}, got {block}")
+        for what, size, most in (
+            ("threads a block", int(np.prod(block)), 1024),
+            ("CTAs a cluster", int(np.prod(self.launch.cluster)), 16),
+            ("bytes of shared memory", self.shared_bytes, 232448),
+        ):
+            if size > most:
+                raise ArgumentsError(
+                    f"{self.entry.name}: {size} {what}, at most {most} are possible"
+                )
         for size, parts in zip(self.launch.grid, self.launch.cluster, strict=True):
             if size % parts:
                 raise ArgumentsError(
@@ -176,7 +185,7 @@ class Program:
         plain = {
             "%laneid": LANES,
             "%warpid": uniform(warp.index, 32),
-            "%cluster_ctarank": uniform(cta.rank, 32),
+            "%cluster_ctarank": uniform(cta.rank if max(launch.cluster) > 1 else 0, 32),
             "%cluster_nctarank": uniform(int(np.prod(launch.cluster)), 32),
             "%dynamic_smem_size": uniform(launch.shared_bytes, 32),
             "%total_smem_size": uniform(self.shared_bytes, 32),

@@ -29,6 +29,8 @@ class SharedMemory:
         self.defined = np.zeros(self.size, bool)
         self.log = AccessLog(self.size, agents)
         self.mbarriers: dict[int, Mbarrier] = {}
+        self.former: dict[int, tuple[int, int]] = {}
+        """Agent and next phase of mbarriers that were at an offset."""
         self.barrier_bytes = np.zeros(self.size, bool)
         self.exited = False
 

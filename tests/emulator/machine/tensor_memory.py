@@ -28,13 +28,6 @@ class TensorMemory:
         lane, column = divmod(at, COLUMNS)
         return f"lane {lane}, column {column} of {self.name}'s tensor memory"
 
-    def room(self, columns: int) -> int | None:
-        """First of `columns` free columns, aligned to their number; None if there is no room."""
-        for start in range(0, COLUMNS - columns + 1, columns):
-            if not self.owner[start : start + columns].any():
-                return start
-        return None
-
     def allocate(self, start: int, columns: int, line: int) -> None:
         """Give columns to a kernel."""
         self.owner[start : start + columns] = line

@@ -48,6 +48,8 @@ class Warp:
         self.groups = [Group(0, mask)]
         self.pc = 0
         self.executed = 0
+        self.whole = mask
+        self.tired: Group | None = None
         self.vector = cta.cluster.agents.vector()
         self.vector[0, agent] = 1
         self.streams: dict[str, Any] = {}
@@ -145,6 +147,7 @@ class Warp:
     def run(self, group: Group, budget: int) -> None:
         """Execute up to `budget` instructions of a group, until it stops or meets another."""
         self.activate(group.mask)
+        self.tired = None
         if group.wait is not None:
             self._resume(group, ready=True)
         limit = min(
@@ -173,6 +176,8 @@ class Warp:
                 return
             if pc >= limit:
                 break
+        else:
+            self.tired = group
         group.pc = pc
         self._merge(group)
 
