@@ -180,7 +180,7 @@ def test_logic(bits):
 @pytest.mark.parametrize("bits", [16, 32, 64])
 def test_shifts_clamp(bits):
     check(f"shl.b{bits} d0, x0, x1;", lambda a, n: a << min(n, bits), [bits, 32], bits)
-    for kind in "bu":
+    for kind in ("b", "u"):
         check(f"shr.{kind}{bits} d0, x0, x1;", lambda a, n: a >> min(n, bits), [bits, 32], bits)
     down = lambda a, n: signed(a, bits) >> min(n, bits)  # noqa: E731
     check(f"shr.s{bits} d0, x0, x1;", down, [bits, 32], bits)
