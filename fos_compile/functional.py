@@ -99,7 +99,8 @@ def quantize(
             rows of one matrix [R, C]; a vector is one row.
         scale_rule: mse, mae or abs_max (4/6); static_6 or static_4 (plain NVFP4, mxfp4).
         format: nvfp4 (blocks of 16, E4M3 scales) or mxfp4 (32, E8M0).
-        rounding: nearest, stochastic, stochastic_realized or stochastic_unbiased.
+        rounding: nearest, stochastic, stochastic_realized, stochastic_unbiased or
+            stochastic_hardware (docs/contract.md section 5).
         block: 1d, or 2d for 16x16 tiles.
         rht: Hadamard transform over groups of 16 columns first; both operands of a product need it.
         transpose: quantize the transposed matrix [C, R] instead.

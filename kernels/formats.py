@@ -15,7 +15,13 @@ from fos_compile.kernels.op import Status
 
 FORMATS = ("nvfp4", "mxfp4")
 SCALE_RULES = ("mse", "mae", "abs_max", "static_6", "static_4")
-ROUNDINGS = ("nearest", "stochastic", "stochastic_realized", "stochastic_unbiased")
+ROUNDINGS = (
+    "nearest",
+    "stochastic",
+    "stochastic_realized",
+    "stochastic_unbiased",
+    "stochastic_hardware",
+)
 BLOCKS = ("1d", "2d")
 ADAPTIVE_RULES = SCALE_RULES[:3]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -53,13 +53,37 @@ def dice(seed: Tensor, groups: Tensor, stream: int | Tensor) -> Tensor:
     Returns:
         float32 [16, ..]. Source: docs/contract.md section 5.
     """
+    words = _words(seed, groups, stream)
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=seed.device)
+    byte = (words.unsqueeze(1) >> shifts.view(4, *[1] * groups.dim())) & 0xFF
+    return (byte.flatten(0, 1).to(torch.float32) + 0.5) * (1.0 / 256.0)
+
+
+def hardware_dice(seed: Tensor, groups: Tensor, stream: int | Tensor) -> Tensor:
+    """The offsets of `cvt.rs.satfinite.e2m1x4.f32`: 16 bits of a word for each of 4 elements.
+
+    Arguments and result are those of `dice`; multiples of 2^-16.
+    """
+    words = _words(seed, groups, stream)
+    near = ((words >> 8) & 0xFF00) | (words & 0xFF)
+    far = ((words >> 16) & 0xFF00) | ((words >> 8) & 0xFF)
+    bits = torch.stack([near, _reversed(near), far, _reversed(far)], 1)
+    return bits.flatten(0, 1).to(torch.float32) * 2.0**-16
+
+
+def _reversed(a: Tensor) -> Tensor:
+    """The lowest 16 bits, which are all that `a` has, from back to front."""
+    for distance, low in ((1, 0x5555), (2, 0x3333), (4, 0x0F0F), (8, 0x00FF)):
+        a = ((a >> distance) & low) | ((a & low) << distance)
+    return a
+
+
+def _words(seed: Tensor, groups: Tensor, stream: int | Tensor) -> Tensor:
+    """int32 [4, ..]: the random words of each group."""
     key = (seed & _MASK, (seed >> 32) & _MASK)
     if not isinstance(stream, Tensor):
         # Inductor takes arithmetic between symbolic ints and int64 tensors through float32.
         stream = torch.full((), stream, dtype=torch.int64, device=seed.device)
     words = philox((groups & _MASK, groups >> 32, stream & _MASK, 0), key)
     # As int32 by subtraction: the conversion of an unrepresentable int64 is not portable.
-    narrow = torch.stack([(w - ((w >> 31) << 32)).to(torch.int32) for w in words])
-    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=seed.device)
-    byte = (narrow.unsqueeze(1) >> shifts.view(4, *[1] * groups.dim())) & 0xFF
-    return (byte.flatten(0, 1).to(torch.float32) + 0.5) * (1.0 / 256.0)
+    return torch.stack([(w - ((w >> 31) << 32)).to(torch.int32) for w in words])

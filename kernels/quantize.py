@@ -45,7 +45,8 @@ def reference(
         seed: int64 [1]; needed unless rounding is nearest.
         format: nvfp4 or mxfp4.
         scale_rule: mse, mae, abs_max, static_6, static_4.
-        rounding: nearest, stochastic, stochastic_realized, stochastic_unbiased.
+        rounding: nearest, stochastic, stochastic_realized, stochastic_unbiased,
+            stochastic_hardware.
         block: 1d (16 elements) or 2d (16x16 tiles).
         rht: Hadamard transform over groups of 16 columns first.
         transpose: quantize x.mT.
@@ -182,6 +183,7 @@ def example_inputs() -> list[Example]:
         ((half, amax, seed), {"rounding": "stochastic_realized", "transpose": True}),
         ((half, amax, seed), {"rounding": "stochastic_unbiased", "block": "2d", "rht": True}),
         ((half.view(2, 9, 72), amax, seed), {"rounding": "stochastic", "transpose": True}),
+        ((half, amax, seed), {"rounding": "stochastic_hardware"}),
         ((half.mT, amax), {"scale_rule": "static_6", "rht": True}),
         ((half, amax), {"scale_rule": "static_4", "format": "mxfp4"}),
         ((half[:0], amax), {}),

@@ -12,7 +12,13 @@ Role = Literal["fprop", "dgrad", "wgrad"]
 Kind = Literal["activation", "weight", "gradient"]
 Format = Literal["nvfp4", "mxfp4"]
 ScaleRule = Literal["mse", "mae", "abs_max", "static_6", "static_4"]
-Rounding = Literal["nearest", "stochastic", "stochastic_realized", "stochastic_unbiased"]
+Rounding = Literal[
+    "nearest",
+    "stochastic",
+    "stochastic_realized",
+    "stochastic_unbiased",
+    "stochastic_hardware",
+]
 Block = Literal["1d", "2d"]
 Lowering = Literal["outline", "inline", "opaque"]
 """outline: the reference, compiled once per signature and shared (kernels/outlined.py);

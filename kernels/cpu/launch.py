@@ -68,7 +68,8 @@ def cpu_quantize(
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``fos::quantize``."""
-    if not status():
+    # What has no number here is not served, or no rounding at all, which the reference says.
+    if not status() or rounding not in _ROUNDING:
         options = {"format": format, "scale_rule": scale_rule, "rounding": rounding, "block": block}
         return quantize.reference(
             x, amax, seed, **options, rht=rht, transpose=transpose, stream=stream

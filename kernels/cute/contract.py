@@ -16,6 +16,7 @@ from fos_compile.kernels.cute import conversions, pairs, ptx
 EXPONENT = 0x7F800000
 FLOAT32_MAX = 3.4028234663852886e38
 AMAX_MIN = 2.0**-116
+HARDWARE = "stochastic_hardware"
 
 
 class Rules(NamedTuple):
@@ -130,7 +131,8 @@ def quantize(
         tensor: of `tensor_of`; unused for mxfp4.
         rules: static options.
         dice: offsets u in (0, 1), an element each, or a function that makes them when they are
-            needed; None for nearest.
+            needed; None for nearest. For stochastic_hardware random words, one for each four
+            elements of a row; of a 2D tile those of this thread's row, whose codes are returned.
         by: how to divide.
     """
     if callable(dice) and rules.rounding == "stochastic_realized":
@@ -157,19 +159,19 @@ def quantize(
     shown = ptx.where_nonzero(finite, shown, 0)
     words = [
         ptx.where_nonzero(shown, word, 0)
-        for word in _codes(values, inverse, dice() if callable(dice) else dice)
+        for word in _codes(values, inverse, dice() if callable(dice) else dice, rules)
     ]
     return words, ptx.where_nonzero(finite, live, nan_scale)
 
 
-def _codes(values: list[Any], inverse: Any, dice: list[Any] | None) -> list[Any]:
+def _codes(values: list[Any], inverse: Any, dice: list[Any] | None, rules: Rules) -> list[Any]:
     """Eight nibbles a word."""
     words = []
     if dice is None and conversions.has_e2m1():
-        # Adding 0 makes -0 positive, and nothing else.
-        by, zero = pairs.twice(inverse), pairs.twice(0.0)
-        scaled = [y for pair in pairs.of(values) for y in pairs.fma(pair, by, zero)]
+        scaled = _scaled(values, inverse)
         return [ptx.e2m1x8(*scaled[start : start + 8]) for start in range(0, len(values), 8)]
+    if dice is not None and rules.rounding == HARDWARE:
+        return _hardware_codes(_scaled(values, inverse), dice, rules.block)
     magnitudes = _round([ptx.mul(ptx.absolute(value), inverse) for value in values], dice)
     for start in range(0, len(values), 8):
         word = ptx.u32(0)
@@ -179,6 +181,22 @@ def _codes(values: list[Any], inverse: Any, dice: list[Any] | None) -> list[Any]
             word = word | ((code | sign) << (4 * i))
         words.append(word)
     return words
+
+
+def _scaled(values: list[Any], inverse: Any) -> list[Any]:
+    """With their signs, except that -0 becomes 0: by adding 0, which changes nothing else."""
+    by, zero = pairs.twice(inverse), pairs.twice(0.0)
+    return [y for pair in pairs.of(values) for y in pairs.fma(pair, by, zero)]
+
+
+def _hardware_codes(scaled: list[Any], random: list[Any], block: str) -> list[Any]:
+    """The instruction takes four neighbours of a row, of which threads of a tile have one each."""
+    if block == "2d":
+        scaled = [ptx.real(word) for word in transpose_bits([ptx.bits(y) for y in scaled], 32)]
+    return [
+        ptx.e2m1x8_stochastic(*scaled[4 * i : 4 * i + 8], *random[i : i + 2])
+        for i in range(0, len(random), 2)
+    ]
 
 
 def _mxfp4(peak: Any, rules: Rules) -> tuple[Any, Any]:
@@ -348,8 +366,8 @@ def transpose_bits(words: list[Any], width: int) -> list[Any]:
     """Transpose a 16x16 matrix of `width` bits held one row a thread by 16 neighbouring threads.
 
     Args:
-        words: a row, 16 * width bits, lowest first: 2 words of nibbles or 4 of bytes.
-        width: 4 or 8.
+        words: a row, 16 * width bits, lowest first: 2 words of nibbles, 4 of bytes or 16.
+        width: 4, 8 or 32.
     """
     lane = ptx.lane()
     for half in (8, 4, 2, 1):

@@ -16,6 +16,8 @@ from typing import Any
 
 _BLACKWELL = ("sm_100a", "sm_103a", "sm_120a", "sm_121a")
 """With `cvt.rn.satfinite.e2m1x2.f32` and `add.f32x2` (PTX ISA: cvt, add)."""
+STOCHASTIC = ("sm_100a", "sm_103a")
+"""With `cvt.rs.satfinite.e2m1x4.f32` (PTX ISA: cvt)."""
 _arch = contextvars.ContextVar("arch", default="sm_90a")
 
 

@@ -23,7 +23,7 @@ from fos_compile.kernels import formats, target
 from fos_compile.kernels.cute.cache import KERNELS
 from fos_compile.kernels.cute.host_general import Launch
 from fos_compile.kernels.cute.selftest import disagreement
-from fos_compile.kernels.cute.tables import DEFAULTS, NAMES, TABLES, Entry, Options
+from fos_compile.kernels.cute.tables import DEFAULTS, NAMES, TABLES, Entry, Options, lacks
 
 
 class Candidate:
@@ -272,6 +272,9 @@ def _make_plan(op: str, options: Options, dtype: torch.dtype, device: torch.devi
     if not able:
         return able.reason
     index = torch.cuda.current_device() if device.index is None else device.index
+    lacking = lacks(options, target.arch(device))
+    if lacking:
+        return _PLANS.setdefault((op, options, dtype, index), lacking)
     table = TABLES[op]
     refusals = [entry.refuses(NAMES[op], dtype, options) for entry in table]
     fit = tuple(

@@ -328,6 +328,20 @@ def e2m1x8(*numbers: Any) -> Any:
     return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=list(numbers))
 
 
+def e2m1x8_stochastic(*operands: Any) -> Any:
+    """Eight float32, rounded by the random bits of two words and saturated at 6: as `e2m1x8`.
+
+    In hardware on `conversions.STOCHASTIC` alone.
+    """
+    # The first of the four numbers ends in the upper bits.
+    fours = [", ".join(f"{{$r{4 * i + j}}}" for j in (3, 2, 1, 0)) for i in range(2)]
+    halves = " ".join(
+        f"cvt.rs.satfinite.e2m1x4.f32 h{i}, {{{fours[i]}}}, {{$r{8 + i}}};" for i in range(2)
+    )
+    code = f"{{ .reg .b16 h0, h1; {halves} mov.b32 {{$w0}}, {{h0, h1}}; }}"
+    return arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=list(operands))
+
+
 def through_e2m1x2(low: Any, high: Any) -> Any:
     """Two float32, rounded to nearest even E2M1 and saturated at 6, as two float16.
 

@@ -108,5 +108,6 @@ class QuantizeBlocks:
         found = []
         for i in range(self.width // 16):
             words = random_bits.philox(keys, tiles.words_of(group + i), dice)
-            found += random_bits.offsets(words)
+            is_hardware = self.rules.rounding == contract.HARDWARE
+            found += words if is_hardware else random_bits.offsets(words)
         return found

@@ -1,7 +1,8 @@
 """Any matrix to NVFP4 in 2D blocks: 16 threads a tile of 16x16, the arithmetic of `contract`.
 
 A thread has a column of the tile, because the contract adds the errors of a tile column by column.
-Codes therefore come out in columns and are transposed between the 16 threads.
+Codes therefore come out in columns and are transposed between the 16 threads; before the stochastic
+rounding of the hardware, which takes numbers of a row, the numbers are.
 """
 
 from typing import Any
@@ -77,15 +78,17 @@ class QuantizeTiles:
             line = Int64(batch) * x.shape[1] + row
             if cutlass.const_expr(self.rules.rounding != "nearest"):
                 group = line * (chunks * 4) + col // 16
-                random = random_bits.philox(keys, tiles.words_of(group), dice)
-                offsets = random_bits.offsets(contract.transpose_bits(random, 8))
+                offsets = random_bits.philox(keys, tiles.words_of(group), dice)
+                if cutlass.const_expr(self.rules.rounding != contract.HARDWARE):
+                    offsets = random_bits.offsets(contract.transpose_bits(offsets, 8))
             words: list[Any] = []
             scale = Uint32(0)
             if cutlass.const_expr(self.rules.format == "mxfp4"):
                 words, scale = contract.quantize(given, tensor, self.rules, offsets)
             else:
                 words, scale = contract.quantize_either(given, tensor, self.rules, offsets, outside)
-            low, high = contract.transpose_bits(words, 4)
-            ptx.store_v2(values + line * (chunks * 32) + col // 2, low, high, inside)
+            if cutlass.const_expr(self.rules.rounding != contract.HARDWARE):
+                words = contract.transpose_bits(words, 4)
+            ptx.store_v2(values + line * (chunks * 32) + col // 2, words[0], words[1], inside)
             tile = (Int64(batch) * cute.ceil_div(x.shape[1], 128) + (bx >> 2)) * chunks + chunk
             ptx.store_u8(scales + tile * 512 + place, scale * inside, 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fos_compile.kernels import formats
 from fos_compile.kernels.cute import (
+    conversions,
     host_amax_rotated,
     host_dequantize_blocks,
     host_oriented,
@@ -222,7 +223,7 @@ TABLES: dict[str, tuple[Entry, ...]] = {
             {
                 "format": ("mxfp4",),
                 "scale_rule": ("static_6", "static_4"),
-                "rounding": ("nearest", "stochastic", "stochastic_realized"),
+                "rounding": tuple(r for r in formats.ROUNDINGS if r != "stochastic_unbiased"),
                 "block": ("1d",),
                 "rht": BOTH,
                 "transpose": BOTH,
@@ -278,3 +279,11 @@ TABLES: dict[str, tuple[Entry, ...]] = {
     ),
 }
 """A pair that no kernel here serves is two launches of quantize."""
+
+
+def lacks(options: Options, arch: str) -> str:
+    """What an architecture lacks for these options of any operator, or nothing."""
+    if "stochastic_hardware" not in options or arch in conversions.STOCHASTIC:
+        return ""
+    have = " and ".join(conversions.STOCHASTIC)
+    return f"rounding stochastic_hardware is cvt.rs, which exists on {have} only, got {arch}"

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fos_compile.kernels import formats
-from fos_compile.kernels.philox import dice
+from fos_compile.kernels.philox import dice, hardware_dice
 from fos_compile.kernels.rht import rht as transform
 
 aten = torch.ops.aten
+HARDWARE = "stochastic_hardware"
 
 
 def group_lanes(x: Tensor, format: str, rht: bool, transpose: bool) -> Tensor:
@@ -60,20 +61,21 @@ def pack_codes(codes: Tensor, format: str, block: str, rows: int) -> Tensor:
     return whole.narrow(-2, 0, rows).clone()
 
 
-def group_dice(lanes: Tensor, seed: Tensor, stream: int) -> Tensor:
+def group_dice(lanes: Tensor, seed: Tensor, stream: int, rounding: str) -> Tensor:
     """Offsets u of stochastic rounding for every element: float32, the shape of `lanes`.
 
     Args:
         lanes: [16, .., R, P/16].
         seed: int64 [1].
         stream: see docs/contract.md section 5.
+        rounding: not nearest.
     """
     *lead, rows, groups = lanes.shape[1:]
     row = torch.arange(rows, device=lanes.device)
     if lead:
         row = row + rows * torch.arange(lead[0], device=lanes.device).unsqueeze(-1)
     index = row.unsqueeze(-1) * groups + torch.arange(groups, device=lanes.device)
-    return dice(seed, index, stream)
+    return (hardware_dice if rounding == HARDWARE else dice)(seed, index, stream)
 
 
 def materialize(x: Tensor) -> Tensor:
@@ -86,13 +88,17 @@ def materialize(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride()) if x.device.type == "cpu" else x
 
 
-def round_magnitude(y: Tensor, u: Tensor | None) -> Tensor:
+def round_magnitude(y: Tensor, u: Tensor | None, rounding: str) -> Tensor:
     """Scaled magnitudes -> E2M1 magnitudes, nearest or with the offsets `u`."""
     if u is None:
         return formats.round_e2m1(y)
     y = y.clamp(max=6.0)
     step, inverse = formats.e2m1_steps(y)
-    return (torch.floor(y * inverse + u) * step).clamp(max=6.0)
+    steps = y * inverse
+    if rounding == HARDWARE:
+        # Of the bits below 2^-16 the sum would round some up, and none can reach the next step.
+        steps = torch.floor(steps * 2.0**16) * 2.0**-16
+    return (torch.floor(steps + u) * step).clamp(max=6.0)
 
 
 def same_constant(value: float, like: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def quantize_matrix(
     u = None
     if spec.rounding != "nearest":
         assert seed is not None
-        dice = blocks.group_dice(lanes, seed, spec.stream)
+        dice = blocks.group_dice(lanes, seed, spec.stream, spec.rounding)
         u = blocks.block_lanes(dice, spec.format, spec.block)
     v = blocks.block_lanes(lanes, spec.format, spec.block)
     make = _mxfp4 if spec.format == "mxfp4" else _nvfp4
@@ -68,7 +68,7 @@ def _mxfp4(v: Tensor, amax: Tensor, u: Tensor | None, spec: Spec) -> tuple[Tenso
     divisor = blocks.same_constant(formats.value_max(spec.scale_rule, spec.rounding), peak)
     byte = formats.encode_e8m0(peak / divisor)
     inverse = blocks.materialize(formats.from_bits((254 - byte) << 23))
-    q = blocks.round_magnitude(ax * inverse, u)
+    q = blocks.round_magnitude(ax * inverse, u, spec.rounding)
     scales = torch.where(finite, byte, formats.NAN_SCALE["mxfp4"]).to(torch.uint8)
     return _signed_codes(q, v, finite), scales
 
@@ -88,11 +88,12 @@ def _nvfp4(v: Tensor, amax: Tensor, u: Tensor | None, spec: Spec) -> tuple[Tenso
     s = (peak / (one * formats.value_max(spec.scale_rule, spec.rounding))) * encode
     scale, y = _candidate(ax, s, encode, one)
     if spec.scale_rule not in formats.ADAPTIVE_RULES:
-        q = blocks.round_magnitude(y, u)
+        q = blocks.round_magnitude(y, u, spec.rounding)
     else:
         scale4, y4 = _candidate(ax, s * 1.5, encode, one)
         if spec.rounding in _REALIZED:
-            q, q4 = blocks.round_magnitude(y, u), blocks.round_magnitude(y4, u)
+            q = blocks.round_magnitude(y, u, spec.rounding)
+            q4 = blocks.round_magnitude(y4, u, spec.rounding)
             error = realized_error(q, ax, scale, amax, qs, spec.scale_rule)
             error4 = realized_error(q4, ax, scale4, amax, qs, spec.scale_rule)
             pick4 = blocks.materialize(error4 < error)
@@ -101,7 +102,7 @@ def _nvfp4(v: Tensor, amax: Tensor, u: Tensor | None, spec: Spec) -> tuple[Tenso
             error = expected_error(y, scale, spec.scale_rule)
             error4 = expected_error(y4, scale4, spec.scale_rule)
             pick4 = blocks.materialize(error4 < error)
-            q = blocks.round_magnitude(torch.where(pick4, y4, y), u)
+            q = blocks.round_magnitude(torch.where(pick4, y4, y), u, spec.rounding)
         scale = torch.where(pick4, scale4, scale)
     byte = torch.where(live, formats.encode_e4m3(scale), 0)
     scales = torch.where(finite, byte, formats.NAN_SCALE["nvfp4"]).to(torch.uint8)

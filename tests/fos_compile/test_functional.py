@@ -52,6 +52,7 @@ def test_signatures_are_those_of_the_design():
         {"scale_rule": "static_6", "transpose": True, "rht": True},
         {"rounding": "stochastic", "seed": -5},
         {"rounding": "stochastic_unbiased", "seed": 2**40, "transpose": True},
+        {"rounding": "stochastic_hardware", "seed": 2**40, "transpose": True},
         {"format": "mxfp4", "scale_rule": "static_4"},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "default",
@@ -173,7 +174,8 @@ BAD = [
     ({"scale_rule": "max"}, "scale_rule.*mse, mae, abs_max, static_6, static_4.*max"),
     (
         {"rounding": "up"},
-        "rounding.*nearest, stochastic, stochastic_realized, stochastic_unbiased.*up",
+        "rounding.*nearest, stochastic, stochastic_realized, stochastic_unbiased, "
+        "stochastic_hardware.*up",
     ),
     ({"block": "3d"}, "block.*1d, 2d.*3d"),
     ({"format": "mxfp4"}, "static_6.*static_4.*mse"),

@@ -61,6 +61,13 @@ COVER = [
         id="mxfp4-stochastic",
         marks=slow,
     ),
+    pytest.param(
+        "bfloat16",
+        (18, 70),
+        {"scale_rule": "static_6", "rounding": "stochastic_hardware", "transpose": True},
+        id="static_6-hardware-transpose",
+        marks=slow,
+    ),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from numerics import agreement_limit, rounding_bias_limit
+from numerics import agreement_limit, hardware_bias_limit, rounding_bias_limit
 from vectors import E2M1, dice, row_major, unpack
 
 import fos_compile.kernels  # noqa: F401, registers the operators
@@ -13,7 +13,9 @@ import fos_compile.kernels  # noqa: F401, registers the operators
 pytestmark = pytest.mark.usefixtures("implementation")
 
 BINADES = {0.5: (0.0, 2.0), 1.0: (2.0, 4.0), 2.0: (4.0, 6.0)}
-STOCHASTIC = ("stochastic", "stochastic_realized", "stochastic_unbiased")
+HARDWARE = "stochastic_hardware"
+STOCHASTIC = ("stochastic", "stochastic_realized", "stochastic_unbiased", HARDWARE)
+both = pytest.mark.parametrize("rounding", ["stochastic", HARDWARE])
 ROWS, COLS, SEED, STREAM = 512, 1024, -0x5DEECE66D, 6
 
 
@@ -62,20 +64,47 @@ def test_bias_is_at_most_a_512th_of_a_step(step):
     assert np.abs(error).max() <= 1 and error.std() > 0
 
 
+@both
 @pytest.mark.parametrize("step", BINADES)
-def test_every_roll_is_the_formula_of_the_contract(step):
+def test_every_roll_is_the_formula_of_the_contract(step, rounding):
     low, high = BINADES[step]
     a = np.random.RandomState(3).uniform(low, high, (256, COLS)).astype(np.float32)
-    rounded, free = _rounded(a)
-    u = dice(*a.shape, SEED, STREAM)
+    rounded, free = _rounded(a, rounding=rounding)
+    u = dice(*a.shape, SEED, STREAM, rounding)
     expected = np.minimum(6, step * np.floor(a / np.float32(step) + u))
     np.testing.assert_array_equal(rounded[free], expected[free])
 
 
-def test_grid_points_and_saturated_values_never_move():
+@pytest.mark.parametrize("step", BINADES)
+def test_hardware_rounds_up_from_exactly_where_the_dice_say(step):
+    """Not from one float32 below, whose sum with the dice float32 cannot hold."""
+    low = BINADES[step][0]
+    edge = (low + step * (1 - dice(256, COLS, SEED, STREAM, HARDWARE))).astype(np.float32)
+    up, free = _rounded(edge, rounding=HARDWARE)
+    down, _ = _rounded(np.nextafter(edge, np.float32(0)), rounding=HARDWARE)
+    assert (up[free] == low + step).all() and (down[free] == low).all()
+
+
+@pytest.mark.parametrize("step", BINADES)
+def test_hardware_is_unbiased_over_seeds_for_each_of_the_four_operands(step):
+    seeds, shape = 48, (64, 256)
+    a = np.random.RandomState(7).uniform(*BINADES[step], shape).astype(np.float32)
+    error = np.zeros(shape)
+    for i in range(seeds):
+        rounded, free = _rounded(a, seed=(i - 5) * 0x3779B97F4A7C15, rounding=HARDWARE)
+        error += (rounded.astype(np.float64) - a) / step / seeds
+    for place in range(4):
+        own = error[:, place::4][free[:, place::4]]
+        # Those of one place have words of their own.
+        assert abs(own.mean()) <= hardware_bias_limit(own.size * seeds)
+        assert own.std() > 0
+
+
+@both
+def test_grid_points_and_saturated_values_never_move(rounding):
     grid = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 7, 100], np.float32)
     a = np.tile(grid, (64, COLS))[:, :COLS]
-    rounded, free = _rounded(a)
+    rounded, free = _rounded(a, rounding=rounding)
     np.testing.assert_array_equal(rounded[free], np.minimum(a, 6)[free])
 
 
@@ -161,7 +190,7 @@ class TestTiling:
         self._same(whole, turned)
 
 
-@pytest.mark.parametrize("rounding", ["stochastic", "stochastic_realized"])
+@pytest.mark.parametrize("rounding", ["stochastic", "stochastic_realized", HARDWARE])
 def test_mxfp4_rolls_one_call_per_16_columns(rounding):
     # A six in each block of 32 makes the scale 1, so that y = |x|.
     a = np.random.RandomState(4).uniform(0, 6, (64, 256)).astype(np.float32)
@@ -169,5 +198,5 @@ def test_mxfp4_rolls_one_call_per_16_columns(rounding):
     values, scales = _quantize(torch.from_numpy(a), rounding=rounding, format="mxfp4")
     assert (row_major(scales, 64, 8) == 127).all()
     step = np.where(a < 2, 0.5, np.where(a < 4, 1, 2)).astype(np.float32)
-    expected = np.minimum(6, step * np.floor(a / step + dice(64, 256, SEED, STREAM)))
+    expected = np.minimum(6, step * np.floor(a / step + dice(64, 256, SEED, STREAM, rounding)))
     np.testing.assert_array_equal(E2M1[unpack(values)], expected)

@@ -97,7 +97,7 @@ def _candidate(ax: np.ndarray, factor: float, amax: F, u: np.ndarray | None, opt
     else:
         a = np.minimum(y, F(6))
         q = np.minimum(F(6), _steps(a) * np.floor(a / _steps(a) + u))
-    if opt.rounding in ("stochastic", "stochastic_unbiased"):
+    if opt.rounding in oracle.EXPECTED:
         return byte, q, _expected(y, byte, opt, total)
     return byte, q, _realized(q, byte, ax, amax, opt, total)
 
@@ -124,7 +124,9 @@ def test_no_block_is_worse_than_its_6_candidate(rule, rounding, block):
     opt = oracle.Options(scale_rule=rule, rounding=rounding, block=block, seed=41, stream=2)
     amax = torch.ops.fos.amax(x)
     values, scales = run_quantize(x, amax, opt)
-    u = None if rounding == "nearest" else _blocks(dice(ROWS, COLS, opt.seed, opt.stream), block)
+    u = None
+    if rounding != "nearest":
+        u = _blocks(dice(ROWS, COLS, opt.seed, opt.stream, rounding), block)
     ax = _blocks(x.float().abs().numpy(), block)
     byte6, q6, error6 = _candidate(ax, 1.0, F(amax), u, opt)
     byte4, q4, error4 = _candidate(ax, 1.5, F(amax), u, opt)
@@ -159,7 +161,8 @@ def test_static_rules_take_their_only_candidate(rule):
 def test_stochastic_choice_does_not_look_at_the_dice():
     x = _data(torch.float32)
     amax = torch.ops.fos.amax(x)
-    for rounding, blind in (("stochastic", True), ("stochastic_realized", False)):
+    for rounding in ("stochastic", "stochastic_hardware", "stochastic_realized"):
+        blind = rounding != "stochastic_realized"
         opt = oracle.Options(rounding=rounding, seed=1)
         first = run_quantize(x, amax, opt)
         second = run_quantize(x, amax, replace(opt, seed=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -105,8 +106,22 @@ def test_philox_known_answers(counter, key, words):
 
 def test_all_dice_at_once_are_the_oracles():
     for seed, stream in ((0, 0), (-3, 7), (2**40 + 1, 12)):
-        options = oracle.Options(seed=seed, stream=stream)
-        scalar = [oracle.group_bytes(g, options) for g in range(12)]
-        np.testing.assert_array_equal(
-            dice(3, 64, seed, stream) * 256 - 0.5, np.array(scalar).reshape(3, 64)
-        )
+        for rounding in ("stochastic", "stochastic_hardware"):
+            options = oracle.Options(rounding=rounding, seed=seed, stream=stream)
+            scalar = [list(map(float, oracle.group_dice(g, options))) for g in range(12)]
+            np.testing.assert_array_equal(
+                dice(3, 64, seed, stream, rounding), np.array(scalar).reshape(3, 64)
+            )
+
+
+@pytest.mark.parametrize("bit", range(32))
+def test_every_bit_of_a_word_serves_two_elements(bit):
+    """Their highest bits are those at 23, 0, 31 and 8; the first two read two bytes, the others
+    the other two, from either end."""
+    offsets = [oracle.hardware_offset(1 << bit, i) for i in range(4)]
+    near, far = sorted(offsets[:2]), sorted(offsets[2:])
+    assert sorted((any(near), any(far))) == [False, True]
+    low, high = near if any(near) else far
+    assert low * high == Fraction(1, 2**17)
+    first = {23: 0, 0: 1, 31: 2, 8: 3}.get(bit)
+    assert [i for i in range(4) if offsets[i] == Fraction(1, 2)] == [first] * (first is not None)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fos_compile.kernels import formats
 from fos_compile.kernels.cute import layout
+from fos_compile.kernels.cute.tables import lacks
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "format": formats.FORMATS,
@@ -43,6 +44,11 @@ def is_valid(options: dict[str, Any]) -> bool:
 def valid() -> list[dict[str, Any]]:
     """Every meaningful combination."""
     return [options for options in combinations() if is_valid(options)]
+
+
+def served(arch: str) -> list[dict[str, Any]]:
+    """Those that an architecture has kernels for."""
+    return [options for options in valid() if not lacks(tuple(options.values()), arch)]
 
 
 def padded_storage(x: Tensor, left: int, right: int) -> Tensor:

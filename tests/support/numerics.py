@@ -68,6 +68,14 @@ def rounding_bias_limit(samples: int) -> float:
     return 2.0**-9 + SIGMAS * 0.5 / math.sqrt(samples)
 
 
+def hardware_bias_limit(samples: int) -> float:
+    """`rounding_bias_limit` of independent roundings with 16 random bits R.
+
+    The chance to round up, #{R: frac + R / 2^16 >= 1} / 2^16, is frac without its bits below 2^-16.
+    """
+    return 2.0**-16 + SIGMAS * 0.5 / math.sqrt(samples)
+
+
 def agreement_limit(samples: int) -> float:
     """Five standard deviations of the share of agreements of fair independent coins."""
     return SIGMAS * 0.5 / math.sqrt(samples)

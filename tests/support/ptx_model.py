@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -276,18 +277,42 @@ def e5m2x4(*numbers):
     return bytes_.view(torch.uint8).numpy().view(U32)[..., 0]
 
 
-def _round_e2m1(number: np.ndarray) -> np.ndarray:
-    """With its sign; NaN becomes 6 (PTX ISA: cvt.satfinite to a type without NaN)."""
-    y = np.where(np.isnan(number), F32(np.inf), np.abs(number))
+def _round_e2m1(number: np.ndarray, whole: Callable[[Any], Any] = np.rint) -> np.ndarray:
+    """With its sign; NaN becomes 6 (PTX ISA: cvt.satfinite to a type without NaN).
+
+    `whole` rounds a number of steps, ties to even by default.
+    """
+    y = np.where(np.isnan(number), F32(np.inf), np.minimum(np.abs(number), F32(6)))
     step = np.where(y < 2, F32(0.5), np.where(y < 4, F32(1), F32(2)))
-    q = np.minimum(np.rint(y / step) * step, F32(6))  # ties to even multiples of a step
+    q = np.minimum(whole(y / step) * step, F32(6))
     return np.where(np.signbit(number) & ~np.isnan(number), -q, q)
 
 
 def e2m1x8(*numbers):
+    return _nibbles([_round_e2m1(_f32(number)) for number in numbers])
+
+
+def e2m1x8_stochastic(*operands):
+    rounded = []
+    for i, number in enumerate(operands[:8]):
+        share = _random_share(operands[8 + i // 4], i % 4)
+        rounded.append(_round_e2m1(_f32(number), lambda steps, u=share: np.floor(steps + u)))
+    return _nibbles(rounded)
+
+
+def _random_share(word: Any, element: int) -> np.ndarray:
+    """16 bits of a word over 2^16 in float64: of two bytes, from one end or from the other."""
+    word = np.asarray(word, np.int64)
+    low = 0 if element < 2 else 8
+    two = word >> (low + 16) & 0xFF, word >> low & 0xFF
+    order = range(7, -1, -1) if element % 2 == 0 else range(8)
+    bits = [byte >> i & 1 for byte in (two if element % 2 == 0 else two[::-1]) for i in order]
+    return np.asarray(sum(bit * 0.5 ** (i + 1) for i, bit in enumerate(bits)))
+
+
+def _nibbles(magnitudes: list[np.ndarray]) -> np.ndarray:
     word = U32(0)
-    for i, number in enumerate(numbers):
-        rounded = _round_e2m1(_f32(number))
+    for i, rounded in enumerate(magnitudes):
         q = np.abs(rounded)
         code = np.where(q < 2, q * 2, np.where(q < 4, q + 2, q / 2 + 4)).astype(U32)
         word = word | ((code | (np.signbit(rounded).astype(U32) << U32(3))) << U32(4 * i))

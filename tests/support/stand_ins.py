@@ -55,13 +55,14 @@ def write(address: int, output: Tensor, alignment: int) -> None:
 class Kernels:
     """In place of the cache of compiled kernels; remembers who asked for what."""
 
-    def __init__(self) -> None:
+    def __init__(self, arch: str = "sm_90a") -> None:
+        self.arch = arch
         self.compiled: list[KernelKey] = []
         self.launched: list[KernelKey] = []
 
     def get(self, key: KernelKey, arch: str) -> Any:
         """A stand-in for `key`."""
-        assert arch == "sm_90a"
+        assert arch == self.arch
         self.compiled.append(key)
         compute = getattr(self, f"_{key.name}")
 
@@ -328,11 +329,11 @@ def check_rounds(chunks: int, rounds: int) -> None:
     assert rounds >= 1 and -(-chunks // rounds) <= GRID
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """Any device is an H100 with these kernels."""
-    kernels = Kernels()
+def install(monkeypatch: pytest.MonkeyPatch, arch: str = "sm_90a") -> Kernels:
+    """Any device has this architecture, the 132 SMs of an H100, and these kernels."""
+    kernels = Kernels(arch)
     monkeypatch.setattr(target, "status", lambda device: Status())
-    monkeypatch.setattr(target, "arch", lambda device: "sm_90a")
+    monkeypatch.setattr(target, "arch", lambda device: arch)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     properties = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

@@ -169,8 +169,11 @@ def nearest_even(values: np.ndarray, grid: Sequence[float]) -> np.ndarray:
     return np.where(tie & (first % 2 == 1), following, first)
 
 
-def dice(rows: int, cols: int, seed: int, stream: int) -> np.ndarray:
-    """u of contract section 5 for [rows, cols] (cols padded), all Philox calls at once."""
+def dice(rows: int, cols: int, seed: int, stream: int, rounding: str = "stochastic") -> np.ndarray:
+    """u of contract section 5 for [rows, cols] (cols padded), all Philox calls at once.
+
+    float64 for stochastic_hardware: in a sum with it floor(a / step + u) is that of exact numbers.
+    """
     mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     group = np.arange(rows * cols // 16, dtype=np.uint64)
     c = [group & mask, group >> half, np.full_like(group, stream), np.zeros_like(group)]
@@ -182,6 +185,9 @@ def dice(rows: int, cols: int, seed: int, stream: int) -> np.ndarray:
         c = [(p1 >> half) ^ c[1] ^ k0, p1 & mask, (p0 >> half) ^ c[3] ^ k1, p0 & mask]
         key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
     words = np.stack(c, -1)
+    if rounding == "stochastic_hardware":
+        bits = words[..., None, None] >> np.array(oracle.HARDWARE_BITS, np.uint64) & np.uint64(1)
+        return (bits @ 2.0 ** np.arange(-1, -17, -1)).reshape(rows, cols)
     shifts = np.arange(0, 32, 8, dtype=np.uint64)
     bytes_ = (words[..., None] >> shifts) & np.uint64(255)
     return (bytes_.reshape(rows, cols).astype(np.float32) + np.float32(0.5)) / np.float32(256)

@@ -8,7 +8,7 @@ cases and `philox`, rows of (counter, key, words), are JSON under `about` in its
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +68,17 @@ def every_rule() -> list[Case]:
                 o(scale_rule=rule, block="2d", rht=True, transpose=True),
             ),
         ]
-        for rounding in oracle.STOCHASTIC:
-            for block in ("1d", "2d"):
-                options = o(scale_rule=rule, rounding=rounding, block=block, seed=SEED, stream=3)
-                out.append((f"{rule}_{rounding}_{block}", (20, 80), "wide", None, options))
+        for rounding in oracle.STOCHASTIC[:3]:
+            out += both_blocks(rule, rounding)
+    return out
+
+
+def both_blocks(rule: str, rounding: str) -> list[Case]:
+    """A rule under a rounding that has dice."""
+    out: list[Case] = []
+    for block in ("1d", "2d"):
+        options = Options(scale_rule=rule, rounding=rounding, block=block, seed=SEED, stream=3)
+        out.append((f"{rule}_{rounding}_{block}", (20, 80), "wide", None, options))
     return out
 
 
@@ -158,6 +165,22 @@ def later_cases() -> list[Case]:
         ("divisor_underflows_static", (1, 32), "sliver", None, o(scale_rule="static_6")),
         ("divisor_underflows_stochastic", (1, 32), "sliver", None, sr),
         ("divisor_underflows_2d", (17, 32), "sliver", None, o(dtype="float32", block="2d")),
+        *hardware_cases(),
+    ]
+
+
+def hardware_cases() -> list[Case]:
+    """The stochastic rounding of the hardware under every rule and in both formats."""
+    rules = ("mse", "mae", "abs_max", "static_6", "static_4")
+    hardware = Options(rounding="stochastic_hardware", seed=SEED, stream=5)
+    mx = {"format": "mxfp4", "scale_rule": "static_6", "dtype": "float16"}
+    rotated = replace(hardware, dtype="float32", rht=True)
+    return [
+        *(case for rule in rules for case in both_blocks(rule, hardware.rounding)),
+        ("hardware_fp32_rht", (7, 100), "range", None, rotated),
+        ("hardware_negative_zeros", (3, 64), "negzero", 4.0, hardware),
+        ("hardware_mxfp4", (9, 128), "wide", None, replace(hardware, **mx, transpose=True)),
+        ("hardware_saturates", (6, 64), "wide", 0.5, replace(hardware, scale_rule="static_6")),
     ]
 
 

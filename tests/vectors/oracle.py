@@ -6,7 +6,9 @@ for Philox. Every float32 operation is one numpy operation: nothing is contracte
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -16,7 +18,21 @@ E4M3 = [m * 2.0**-9 for m in range(8)]
 E4M3 += [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)]
 E4M3 = E4M3[:127]
 SIGNS = [1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1]
-STOCHASTIC = ("stochastic", "stochastic_realized", "stochastic_unbiased")
+STOCHASTIC = (
+    "stochastic",
+    "stochastic_realized",
+    "stochastic_unbiased",
+    "stochastic_hardware",
+)
+EXPECTED = ("stochastic", "stochastic_unbiased", "stochastic_hardware")
+"""Those that choose between 4 and 6 by the expected error."""
+HARDWARE_BITS = (
+    (*range(23, 15, -1), *range(7, -1, -1)),
+    (*range(8), *range(16, 24)),
+    (*range(31, 23, -1), *range(15, 7, -1)),
+    (*range(8, 16), *range(24, 32)),
+)
+"""Which bits of a word, most significant first, each of its four elements takes."""
 FOUR_OVER_SIX = ("mse", "mae", "abs_max")
 
 
@@ -69,7 +85,8 @@ def round_to(x: np.ndarray, dtype: str) -> np.ndarray:
 
 def nearest_even(value: float, grid: list[float]) -> int:
     """Index of the grid point nearest to `value` >= 0, ties to the even index, saturating."""
-    distance = [abs(float(value) - g) for g in grid]
+    # Far above the grid all distances would round to the same number.
+    distance = [abs(min(float(value), grid[-1]) - g) for g in grid]
     best = min(distance)
     hits = [i for i, d in enumerate(distance) if d == best]
     return hits[0] if len(hits) == 1 else next(i for i in hits if i % 2 == 0)
@@ -85,11 +102,20 @@ def philox(counter: tuple[int, ...], key: tuple[int, int]) -> list[int]:
     return c
 
 
-def group_bytes(group: int, opt: Options) -> list[int]:
+def hardware_offset(word: int, element: int) -> Fraction:
+    """What cvt.rs.satfinite.e2m1x4 adds to one of four elements, in steps."""
+    bits = "".join(str(word >> bit & 1) for bit in HARDWARE_BITS[element])
+    return Fraction(int(bits, 2), 2**16)
+
+
+def group_dice(group: int, opt: Options) -> list[np.float32] | list[Fraction]:
     seed = opt.seed & 0xFFFFFFFFFFFFFFFF
     counter = (group & 0xFFFFFFFF, group >> 32, opt.stream, 0)
     words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    return [(words[i // 4] >> (8 * (i % 4))) & 0xFF for i in range(16)]
+    if opt.rounding == "stochastic_hardware":
+        return [hardware_offset(words[i // 4], i % 4) for i in range(16)]
+    rolls = [(words[i // 4] >> (8 * (i % 4))) & 0xFF for i in range(16)]
+    return list((np.array(rolls, F) + F(0.5)) / F(256))
 
 
 def hadamard16(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -119,15 +145,20 @@ def ordered_sum(t: np.ndarray) -> np.float32:
     return total
 
 
-def round_e2m1(a: np.ndarray, u: np.ndarray | None) -> list[int]:
-    """Codes 0..7 of magnitudes `a`; with `u`, floor(a / step + u) steps."""
+Dice = list[np.float32] | list[Fraction] | None
+
+
+def round_e2m1(a: np.ndarray, u: Dice) -> list[int]:
+    """Codes 0..7 of magnitudes `a`; with `u`, floor(a / step + u) steps: exactly for fractions."""
     if u is None:
         return [nearest_even(v, E2M1) for v in a]
     codes = []
     for v, dice in zip(a, u, strict=True):
         v = min(v, F(6))
         step = F(0.5) if v < 2 else F(1) if v < 4 else F(2)
-        codes.append(E2M1.index(min(float(np.floor(F(F(v / step) + dice)) * step), 6.0)))
+        share = F(v / step)
+        total = Fraction(float(share)) + dice if isinstance(dice, Fraction) else F(share + dice)
+        codes.append(E2M1.index(min(float(math.floor(total) * step), 6.0)))
     return codes
 
 
@@ -165,7 +196,7 @@ def expected_error(a: np.ndarray, scale: float, opt: Options) -> np.float32:
 
 
 def candidate(
-    x: np.ndarray, scale_code: int, enc: np.float32, u: np.ndarray | None
+    x: np.ndarray, scale_code: int, enc: np.float32, u: Dice
 ) -> tuple[np.ndarray, list[int]]:
     """Scaled magnitudes and E2M1 magnitude codes of one block under one E4M3 scale."""
     scale = F(E4M3[scale_code])
@@ -175,9 +206,7 @@ def candidate(
     return a, round_e2m1(a, u)
 
 
-def quantize_block(
-    x: np.ndarray, amax: np.float32, u: np.ndarray | None, opt: Options
-) -> tuple[list[int], int]:
+def quantize_block(x: np.ndarray, amax: np.float32, u: Dice, opt: Options) -> tuple[list[int], int]:
     """One block (16, 32 or a flattened 16x16 tile): 4-bit codes and the scale byte."""
     zeros = [0] * x.size
     if not np.isfinite(x).all() or (opt.format == "nvfp4" and not np.isfinite(amax)):
@@ -197,7 +226,7 @@ def quantize_block(
         if opt.scale_rule in FOUR_OVER_SIX:
             byte4 = nearest_even(min(F(s * F(1.5)), F(448)), E4M3)
             a4, picked4 = candidate(x, byte4, enc, u)
-            if opt.rounding in ("stochastic", "stochastic_unbiased"):
+            if opt.rounding in EXPECTED:
                 e6, e4 = expected_error(a, E4M3[byte], opt), expected_error(a4, E4M3[byte4], opt)
             else:
                 e6 = realized_error(picked, np.abs(x), E4M3[byte], amax, opt)
@@ -252,13 +281,12 @@ def quantize(
         for c in range(0, cols, width):
             u = None
             if opt.rounding in STOCHASTIC:
-                dice = [
-                    byte
+                u = [
+                    roll
                     for i in range(height)
                     for g in range(c // 16, (c + width) // 16)
-                    for byte in group_bytes((first_row + r + i) * (cols // 16) + g, opt)
+                    for roll in group_dice((first_row + r + i) * (cols // 16) + g, opt)
                 ]
-                u = (np.array(dice, F) + F(0.5)) / F(256)
             tile = padded[r : r + height, c : c + width]
             picked, byte = quantize_block(tile.reshape(-1), amax, u, opt)
             codes[r : r + height, c : c + width] = np.array(picked, np.uint8).reshape(tile.shape)

@@ -84,6 +84,8 @@ def dice(rules, groups):
     words = random_bits.philox(
         random_bits.keys_of(seed), words_of(groups), np.full(groups.shape, STREAM, np.uint32)
     )
+    if rules.rounding == contract.HARDWARE:
+        return words
     return random_bits.offsets(contract.transpose_bits(words, 8) if rules.block == "2d" else words)
 
 
@@ -120,7 +122,9 @@ def by_tiles(x, amax, rules, rht):
     groups = row * (padded // 16) + np.arange(padded // 32)[None, :, None] * 2 + (lane >> 4)
     tensor = contract.tensor_of(np.full(values[0].shape, amax, np.float32), rules.qs)
     words, scale = contract.quantize(values, tensor, rules, dice(rules, groups))
-    words = np.stack(contract.transpose_bits(words, 4), -1).astype(np.uint32)
+    if rules.rounding != contract.HARDWARE:
+        words = contract.transpose_bits(words, 4)
+    words = np.stack(words, -1).astype(np.uint32)
     shape = (tall // 16, padded // 32, 2, 16)
     packed = np.ascontiguousarray(words).view(np.uint8).reshape(*shape, 8)
     packed = packed.transpose(0, 3, 1, 2, 4).reshape(tall, padded // 2)[:rows]
@@ -184,6 +188,15 @@ def unclipped(y, rule):
     return EXPECTED(ptx_model.minimum(y, 6.0), rule)
 
 
+def words_swapped(scaled, random, block):
+    return HARDWARE_CODES(scaled, random[::-1], block)
+
+
+def with_zeros(values, inverse):
+    return [ptx_model.mul(value, inverse) for value in values]
+
+
+HARDWARE_CODES = contract._hardware_codes
 EXPECTED, PHILOX, MUL_WIDE, OFFSETS = (
     contract._expected,
     random_bits.philox,
@@ -210,6 +223,8 @@ MUTANTS = {
     "a fixed stream": (random_bits, "philox", lambda s, g, c: PHILOX(s, g, c * np.uint32(0))),
     "the words of the seed swapped": (random_bits, "philox", lambda s, g, c: PHILOX(s[::-1], g, c)),
     "bytes in another order": (random_bits, "offsets", lambda words: OFFSETS(words)[::-1]),
+    "words of the hardware's dice swapped": (contract, "_hardware_codes", words_swapped),
+    "a sign for the hardware's zeros": (contract, "_scaled", with_zeros),
     "a wrong sign of the transform": (hadamard, "SIGNS", "+++-+------+-+-+"),
     "quotients by reciprocals": (contract, "IEEE", BY_RECIPROCAL),
 }

@@ -11,7 +11,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 import stand_ins
-from cute_cases import LAYOUTS, OPTIONS, combinations, is_valid, matrix, valid
+from cute_cases import LAYOUTS, OPTIONS, combinations, matrix, served, valid
 from fos_compile.kernels import AMAX, DEQUANTIZE, QUANTIZE, QUANTIZE_PAIR, cuda, formats, target
 from fos_compile.kernels.cute import host_oriented, launch
 from fos_compile.kernels.errors import InvalidArgument, UnsupportedArgument
@@ -24,11 +24,14 @@ from fos_compile.recipes import INFERENCE
 SEED = torch.tensor([-(2**40) + 3])
 AMAX_ = torch.tensor(3.0)
 VIEWS = list(itertools.product(LAYOUTS, formats.DTYPES))
+HOPPER, BLACKWELL = "sm_90a", "sm_100a"
+on_blackwell = pytest.mark.parametrize("kernels", [BLACKWELL], indirect=True)
+on_both = pytest.mark.parametrize("kernels", [HOPPER, BLACKWELL], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    return stand_ins.install(monkeypatch)
+def kernels(monkeypatch, request):
+    return stand_ins.install(monkeypatch, getattr(request, "param", HOPPER))
 
 
 def same(actual, expected):
@@ -44,10 +47,11 @@ def given(layout, dtype, transpose):
     return x.mT if transpose else x
 
 
-# Every option with some layout and dtype; every layout and dtype with some option: 45 against 184.
+# Every option with some layout and dtype; every layout and dtype with some option: 45 against 232.
 CASES = list(zip(valid(), itertools.cycle(VIEWS)))
 
 
+@on_blackwell
 @pytest.mark.parametrize("part", range(8))
 def test_every_option_is_served(kernels, part):
     for options, (layout, dtype) in CASES[part::8]:
@@ -78,12 +82,14 @@ def test_every_layout_is_served_by_the_kernel_for_it(kernels, layout, dtype):
         assert options["by_column"] is (by_column and not aligned)
 
 
-def test_supports_agrees_with_every_call():
+@on_both
+def test_supports_agrees_with_every_call(kernels):
     """Without running any: what the plan says about the full product."""
+    able = served(kernels.arch)
     for options in combinations():
         for layout, dtype in VIEWS:
             reason = launch.reason("quantize", matrix(layout, dtype), options)
-            assert (reason == "") is is_valid(options)
+            assert (reason == "") is (options in able)
             assert not reason or any(
                 name in reason and str(options[name]) in reason for name in OPTIONS
             )
@@ -334,13 +340,15 @@ def test_the_lowering_pass_keeps_what_a_kernel_serves(monkeypatch, able, way):
     assert call.target.namespace == ("fos" if way == "kernel" else "fos_outlined")
 
 
-def test_supports_of_fake_calls():
+@on_both
+def test_supports_of_fake_calls(kernels):
     with FakeTensorMode():
         x = torch.empty(64, 128, dtype=torch.bfloat16, device="cuda")
         amax = torch.empty((), device="cuda")
         seed = torch.empty(1, dtype=torch.int64, device="cuda")
         for options in valid():
-            assert QUANTIZE.supports(x, amax, seed, **options)
+            able = options in served(kernels.arch)
+            assert bool(QUANTIZE.supports(x, amax, seed, **options)) is able
         assert QUANTIZE.supports(x.mT, amax, stream=3)
         assert AMAX.supports(x, True)
         status = AMAX.supports(x)
@@ -350,6 +358,27 @@ def test_supports_of_fake_calls():
         assert not QUANTIZE.supports(x.double(), amax)
         with pytest.raises(InvalidArgument, match="amax must be on cuda:0"):
             torch.ops.fos.quantize(x, torch.empty(()))
+
+
+def test_hopper_leaves_the_rounding_of_the_hardware_to_the_reference(kernels):
+    x, rounding = matrix("rows", torch.bfloat16), "stochastic_hardware"
+    lacking = "cvt.rs, which exists on sm_100a and sm_103a only, got sm_90a"
+    assert lacking in launch.reason("quantize", x, {"rounding": rounding})
+    assert lacking in launch.reason("quantize_pair", x, {"rounding_col": rounding})
+    actual = cuda.cuda_quantize(x, AMAX_, SEED, rounding=rounding)
+    assert same(actual, QUANTIZE.reference(x, AMAX_, SEED, rounding=rounding))
+    assert not kernels.launched
+    pair = cuda.cuda_quantize_pair(x, AMAX_, AMAX_, SEED, rounding_col=rounding)
+    wanted = QUANTIZE_PAIR.reference(x, AMAX_, AMAX_, SEED, rounding_col=rounding)
+    assert same(pair, wanted) and kernels.names() == ["quantize_filtered"]
+
+
+@on_blackwell
+def test_pairs_with_the_rounding_of_the_hardware_are_two_kernels(kernels):
+    x, options = matrix("rows", torch.bfloat16), {"rounding_col": "stochastic_hardware"}
+    pair = cuda.cuda_quantize_pair(x, AMAX_, AMAX_, SEED, **options)
+    assert same(pair, QUANTIZE_PAIR.reference(x, AMAX_, AMAX_, SEED, **options))
+    assert kernels.names() == ["quantize_filtered", "quantize_blocks"]
 
 
 @pytest.mark.parametrize("name", ["amax", "quantize", "quantize_pair", "dequantize"])

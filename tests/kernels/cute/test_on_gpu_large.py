@@ -50,7 +50,9 @@ PAIRS = [
     {"block": "2d"},
     {"scale_rule": "static_6", "rht_col": True},
 ]
-SAMPLE = covering(valid(), lambda options: options.items(), 2)
+# What C++ does not do is only in the small tests.
+OPTIONS = [options for options in valid() if options["rounding"] != "stochastic_hardware"]
+SAMPLE = covering(OPTIONS, lambda options: options.items(), 2)
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +157,7 @@ def test_other_dtypes(dtype, transpose):
 @pytest.mark.skipif(
     GPU and not os.environ.get("FOS_ALL_OPTIONS"), reason="minutes: FOS_ALL_OPTIONS=1"
 )
-@pytest.mark.parametrize("options", [o for o in valid() if o not in SAMPLE], ids=label)
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o not in SAMPLE], ids=label)
 def test_every_option(options):
     check_quantize(SHAPE, **options)
 

@@ -11,7 +11,7 @@ import torch
 
 from cute_cases import LAYOUTS, combinations, is_valid, matrix, valid
 from fos_compile.kernels import formats
-from fos_compile.kernels.cute.tables import DEFAULTS, NAMES, TABLES
+from fos_compile.kernels.cute.tables import DEFAULTS, NAMES, TABLES, lacks
 
 ENTRIES = [(op, entry) for op, table in TABLES.items() for entry in table]
 IDS = [f"{op}-{i}-{entry.name}" for i, (op, entry) in enumerate(ENTRIES)]
@@ -51,7 +51,7 @@ def test_the_last_kernel_for_valid_options_reads_anything(dtype):
 
 def test_invalid_options_have_no_kernel():
     invalid = [options for options in combinations() if not is_valid(options)]
-    assert len(invalid) + len(valid()) == 320 and len(valid()) == 184
+    assert len(invalid) + len(valid()) == 400 and len(valid()) == 232
     assert not any(quantizers(options) for options in invalid)
 
 
@@ -78,6 +78,17 @@ def test_a_refusal_names_the_option():
     options = valid()[0] | {"rounding": "stochastic"}
     reason = rows.refuses(NAMES["quantize"], torch.bfloat16, tuple(options.values()))
     assert reason == "rounding must be nearest, got stochastic"
+
+
+def test_only_two_architectures_round_stochastically():
+    hardware = ("nvfp4", "mse", "stochastic_hardware")
+    for arch in ("sm_80", "sm_90a", "sm_120a"):
+        assert lacks(hardware, arch) == (
+            "rounding stochastic_hardware is cvt.rs, which exists on sm_100a and sm_103a only, "
+            f"got {arch}"
+        )
+    assert not lacks(hardware, "sm_100a") and not lacks(hardware, "sm_103a")
+    assert not lacks(tuple(valid()[0].values()), "sm_80")
 
 
 def all_keys():
@@ -124,9 +135,9 @@ def test_every_key_compiles_one_kernel():
     assert count == {
         "quantize_filtered": 2 * 2 * 3,
         "quantize_staged": 2 * 2 * (2 + 3) + 2 * 2 * 2 * 3 * 3,
-        "quantize_tiles": 5 * 4 * 2 * 3,
+        "quantize_tiles": 5 * 5 * 2 * 3,
         "quantize_tiles_staged": 2 * 2 + 2,
-        "quantize_blocks": (5 * 4 + 2 * 3) * 2 * 3 * 3,
+        "quantize_blocks": (5 * 5 + 2 * 4) * 2 * 3 * 3,
         "amax_rotated": 3 * 3,
         "dequantize_blocks": 2 * 2 * 3,
     }
