@@ -1,4 +1,7 @@
-"""Copies without tensor maps (cp.async, cp.async.bulk), and ldmatrix and stmatrix, from PTX."""
+"""Copies without tensor maps (cp.async, cp.async.bulk), ldmatrix and stmatrix, from PTX.
+
+And numbers at the limits of conversions and comparisons: NaN, .sat and .ftz.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 from tests.emulator.errors import Fault
 from tests.emulator.machine.engine import MODES
 from tests.emulator.machine.program import Settings
-from tests.emulator.snippets import execute
+from tests.emulator.snippets import by_lane, execute
 
 IN_MODES = [Settings(mode=mode, seed=1) for mode in MODES]
 TILE = ".shared .align 128 .b8 tile[4096]; .shared .align 8 .b8 bar[8];"
@@ -157,6 +160,23 @@ def test_matrices_to_and_from_shared_memory(count, trans):
     assert (z[: 32 * count] == x[: 32 * count]).all(), "stmatrix undoes ldmatrix"
 
 
+def test_generic_matrix_addresses_and_lanes_without_one():
+    """Only the lanes that name rows need an address."""
+    x, y = _words(32), np.zeros(32, np.uint32)
+    body = f"""
+        {PLACE} mul.wide.u32 rd5, r0, 4; add.s64 rd6, g0, rd5; ld.global.b32 r4, [rd6];
+        setp.lt.u32 p1, r0, 8; @p1 cvt.u64.u32 rd7, r3; @p1 cvta.shared.u64 rd7, rd7;
+        stmatrix.sync.aligned.m8n8.x1.b16 [rd7], {{r4}}; bar.warp.sync -1;
+        ldmatrix.sync.aligned.m8n8.x1.b16 {{r5}}, [rd7];
+        add.s64 rd6, g1, rd5; st.global.b32 [rd6], r5;
+    """
+    execute(body, x, y, outputs=1)
+    assert (x == y).all()
+    _fault("uninitialised", body.replace("r0, 8;", "r0, 7;"), x, y, match="an address .* lane 7")
+    bare = body.replace("@p1 cvta.shared.u64 rd7, rd7;", "")
+    _fault("address", bare, x, y, match="no.* shared memory")
+
+
 def test_matrix_rows_are_aligned():
     body = f"{PLACE} add.u32 r3, r3, 4; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {{r5}}, [r3];"
     _fault("misaligned", body, _words(), match="a matrix row")
@@ -186,3 +206,33 @@ def test_mma_of_integers():
     """
     execute(body, a, b, out, outputs=1)
     assert (out == a.astype(np.float32) @ b.astype(np.float32).T).all()
+
+
+@pytest.mark.parametrize("target", ["s8", "u16", "s16", "u32", "s32", "u64", "s64"])
+@pytest.mark.parametrize("source", ["f16", "f32", "f64"])
+def test_nan_as_an_integer(source, target):
+    bits, width = int(target[1:]), int(source[1:])
+    nan = np.array([np.nan], f"f{width // 8}").view(f"u{width // 8}")
+    register = np.dtype(f"u{max(bits, 16) // 8}")
+    (got,) = by_lane(f"cvt.rzi.{target}.{source} d0, x0;", [nan], [register])
+    wanted = 1 << bits - 1 if source == "f64" or bits == 64 else 0
+    assert int(got[0]) & (1 << bits) - 1 == wanted
+
+
+@pytest.mark.parametrize("target", ["f16", "f32", "f64"])
+def test_integers_clamped_to_0_and_1(target):
+    size = int(target[1:]) // 8
+    x = np.array([-5, -1, 0, 1, 2, 5], np.int32).view(np.uint32)
+    (got,) = by_lane(f"cvt.rn.sat.{target}.s32 d0, x0;", [x], [np.dtype(f"u{size}")])
+    assert got.view(f"f{size}").tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_flushed_comparisons_of_f16_and_of_what_selects():
+    x = np.array([0x0001, 0x83FF, 0x0400, 0x8400], np.uint16)
+    code = "setp.gt.ftz.f16 d0, x0, 0; setp.lt.ftz.f16 d1, x0, 0;"
+    above, below = by_lane(code, [x], [bool] * 2)
+    assert above.tolist() == [False, False, True, False]
+    assert below.tolist() == [False, False, False, True]
+    c = np.array([0x80000001, 0x80800000, 1], np.uint32)
+    (got,) = by_lane("slct.ftz.b32.f32 d0, 1, 2, x0;", [c], [np.uint32])
+    assert got.tolist() == [1, 2, 1]

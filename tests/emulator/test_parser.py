@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.emulator.errors import EmulatorError, Fault, PtxError, UnsupportedError
+from tests.emulator.isa import decoder
 from tests.emulator.isa.decoder import decode
 from tests.emulator.machine.registers import RegisterFile
 from tests.emulator.ptx.parser import parse
@@ -339,3 +340,42 @@ def test_instructions_that_a_target_lacks(text, target, message):
     entry = _entry(text)
     with pytest.raises(PtxError, match=re.escape(message)):
         decode(entry, RegisterFile(entry), target)
+
+
+@pytest.mark.parametrize("error", [KeyError, ValueError, AttributeError, IndexError, TypeError])
+def test_what_a_decoder_does_not_foresee_is_refused(error, monkeypatch):
+    def crash(decoder):
+        raise error("x9")
+
+    entry = _entry("mov.b32 r0, 1;")
+    decode(entry, RegisterFile(entry), "sm_100a")
+    monkeypatch.setitem(decoder._REGISTRY, "mov", crash)
+    with pytest.raises(UnsupportedError, match=rf"line \d+: mov.b32: .*{error.__name__}.*x9"):
+        decode(entry, RegisterFile(entry), "sm_100a")
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["ld.global.b128 rd0, [g0];", "mov.b128 rd0, {rd1, rd2};", "add.u32 r0, r1;", "setp.eq.u32;"],
+)
+def test_odd_forms_are_refused_by_name(code):
+    entry = _entry(code, params=1)
+    with pytest.raises(EmulatorError, match=rf"line \d+: {code.partition(' ')[0].strip(';')}"):
+        decode(entry, RegisterFile(entry), "sm_100a")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(f"setp.{name} p1, r0, r0;" for name in ("lo.s32", "ls.s32", "hi.s32", "hs.s32",
+            "lo.b32", "lo.f32", "lt.f16x2", "eq.bf16x2", "eq.ftz.u32")),
+        "setp.eq.ftz.bf16 p1, h0, h0;", "slct.ftz.b32.s32 r0, r0, r0, r0;", "testp.f32 p1, r0;",
+        "shf.wrap.b32 r0, r0, r0, 4;", "shf.l.b32 r0, r0, r0, 4;", "bmsk.b32 r0, r0, r0;",
+        "szext.u32 r0, r0, r0;", "lop3.b32 r0, r0, r0, r0, 0x1FF;", "div.rn.sat.f32 r0, r0, r0;",
+        "add.rn.sat.f32x2 rd0, rd0, rd0;", "fma.rn.sat.f32x2 rd0, rd0, rd0, rd0;",
+        "cvt.f32.s32 r0, r0;", "cvt.s32.f32 r0, r0;", "cvt.f16.f32 h0, r0;",
+    ],
+)  # fmt: skip
+def test_forms_that_ptx_lacks_are_refused(code):
+    with pytest.raises(UnsupportedError, match=r"line \d+: \w+.* is not emulated"):
+        execute(code)

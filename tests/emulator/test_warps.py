@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from tests.emulator.errors import Deadlock, Fault
+from tests.emulator.errors import Deadlock, Fault, UnsupportedError
 from tests.emulator.machine.program import Settings
 from tests.emulator.snippets import by_lane, by_lane_defined, execute
 
@@ -270,7 +270,7 @@ def test_endless_loops_end():
 def test_hints_and_timing_do_nothing():
     out = np.zeros(32, np.uint32)
     body = """
-        nanosleep.u32 100; prefetch.global.L2 [g0]; prefetchu.L1 [g0]; discard.global.L2 [g0], 128;
+        nanosleep.u32 100; prefetch.global.L2 [g0]; prefetchu.L1 [g0];
         applypriority.global.L2::evict_normal [g0], 128; griddepcontrol.wait;
         griddepcontrol.launch_dependents; setmaxnreg.inc.sync.aligned.u32 64;
         createpolicy.fractional.L2::evict_last.b64 rd1, 1.0;
@@ -279,6 +279,37 @@ def test_hints_and_timing_do_nothing():
     """
     execute(body, out, outputs=1)
     assert out.tolist() == list(range(32))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "discard.global.L2 [g0], 128;",  # destroys what memory holds
+        "prefetch.foo [g0];",
+        "prefetch.shared.L1 [g0];",
+        "prefetchu.L2 [g0];",
+        "nanosleep.f32 100;",
+        "applypriority.global.L2::evict_last [g0], 128;",
+        "createpolicy.L2::evict_last.b64 rd1, 1.0;",
+        "createpolicy.fractional.L2::evict_first.L2::evict_last.b64 rd1, 1.0;",
+        "shfl.sync.b32 r1, r0, 1, 31, -1;",
+        "vote.sync.pred p1, p1, -1;",
+        "vote.sync.any.b32 r1, p1, -1;",
+        "match.sync.b32 r1, r0, -1;",
+        "redux.sync.add.abs.s32 r1, r0, -1;",
+        "redux.sync.min.NaN.u32 r1, r0, -1;",
+        "redux.sync.and.u32 r1, r0, -1;",
+        "redux.sync.add.f32 r1, r0, -1;",
+    ],
+)
+def test_forms_that_ptx_lacks_are_refused(code):
+    with pytest.raises(UnsupportedError, match=rf"{code.split('.')[0]}.* is not emulated"):
+        execute(code, np.zeros(32, np.uint32))
+
+
+def test_the_clamp_of_a_shuffle_must_be_defined():
+    with pytest.raises(Fault, match="the clamp operand of a shuffle is undefined"):
+        by_lane("shfl.sync.idx.b32 d0, x0, 0, r9, -1;", [LANES], [np.uint32])
 
 
 def test_special_registers():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 import numpy as np
 
 from tests.emulator.errors import ArgumentsError
-from tests.emulator.machine.registers import FULL
+from tests.emulator.machine.cluster import Cluster
+from tests.emulator.machine.registers import FULL, lanes_of
 from tests.emulator.machine.warp import Warp
 from tests.emulator.ptx.syntax import Operand, Pair, Register, Vector
 
@@ -27,7 +28,7 @@ class Choice:
 def parse(words: list[str]) -> Choice:
     """``warp=0 rank=1 lines=100-140``."""
     found: dict[str, Any] = {}
-    for word in words:
+    for word in (each for given in words for each in given.replace(",", " ").split()):
         name, _, value = word.partition("=")
         try:
             if name == "lines":
@@ -42,18 +43,36 @@ def parse(words: list[str]) -> Choice:
     return Choice(**found)
 
 
-def tracer(choice: Choice, out: TextIO = sys.stdout) -> Callable[[Warp, int], None]:
-    """A function for ``Settings.trace``; shows an instruction when its warp goes on to the next."""
-    shown: dict[Warp, int] = {}
+class Tracer:
+    """For ``Settings.trace``: shows an instruction when its warp goes on to the next.
 
-    def trace(warp: Warp, pc: int) -> None:
-        before = shown.pop(warp, None)
-        if before is not None:
-            print(_line(warp, before), file=out)
-        if _wanted(choice, warp, pc):
-            shown[warp] = pc
+    `flush` shows the last one of each warp, which may be the one that faulted.
+    """
 
-    return trace
+    def __init__(self, choice: Choice, out: TextIO | None = None) -> None:
+        self.choice = choice
+        self.out = out or sys.stdout
+        self.seen: dict[Warp, tuple[int, int]] = {}
+        """Program counter and executing lanes of what a warp executes."""
+        self.cluster: Cluster | None = None
+
+    def __call__(self, warp: Warp, pc: int) -> None:
+        if warp.cta.cluster is not self.cluster:
+            self.flush()
+            self.cluster = warp.cta.cluster
+        self._show(warp)
+        if _wanted(self.choice, warp, pc):
+            self.seen[warp] = pc, warp.mask
+
+    def _show(self, warp: Warp) -> None:
+        if warp in self.seen:
+            print(_line(warp, *self.seen.pop(warp)), file=self.out)
+
+    def flush(self) -> None:
+        """Show what has not been shown yet."""
+        for warp in list(self.seen):
+            self._show(warp)
+        self.out.flush()
 
 
 def _wanted(choice: Choice, warp: Warp, pc: int) -> bool:
@@ -65,16 +84,16 @@ def _wanted(choice: Choice, warp: Warp, pc: int) -> bool:
     )
 
 
-def _line(warp: Warp, pc: int) -> str:
+def _line(warp: Warp, pc: int, mask: int) -> str:
     program = warp.cta.cluster.program
     instruction = program.entry.instructions[pc]
     text = program.module.lines[instruction.line - 1].strip()
     written = [
-        f"{register.name}={_value(warp, register)}"
+        f"{register.name}={_value(warp, register, mask)}"
         for register in _registers(instruction.operands[:1])
     ]
-    mask = "" if warp.mask == FULL else f" {warp.mask:08x}"
-    return f"{warp.name}{mask} {instruction.line:5} {text}   {' '.join(written)}".rstrip()
+    lanes = "" if mask == FULL else f" {mask:08x}"
+    return f"{warp.name}{lanes} {instruction.line:5} {text}   {' '.join(written)}".rstrip()
 
 
 def _registers(operands: tuple[Operand, ...]) -> Iterator[Register]:
@@ -87,15 +106,15 @@ def _registers(operands: tuple[Operand, ...]) -> Iterator[Register]:
             yield from _registers((each.first, each.second))
 
 
-def _value(warp: Warp, register: Register) -> str:
+def _value(warp: Warp, register: Register, mask: int) -> str:
     """One number if all lanes agree, else those of the first lanes; `?` where undefined."""
     value = warp.r[register.slot]
     known = warp.d[register.slot]
-    if not known & warp.mask:
+    if not known & mask:
         return "?"
     if isinstance(value, int):
         return f"{value & FULL:08x}"
-    lanes = value[warp.lanes] if warp.lanes.any() else value
+    lanes = value[lanes_of(mask)]
     if (lanes == lanes[0]).all():
         return f"{int(lanes[0]):#x}"
     return "[" + " ".join(f"{int(v):x}" for v in np.asarray(lanes)[:4]) + " ..]"

@@ -36,6 +36,14 @@ def _prmt(decoder: Decoder) -> Step:
     return alu.compute(permute, decoder.destination(0, 32), slots)
 
 
+def _wraps(decoder: Decoder) -> bool:
+    """Whether counts wrap or are clamped: PTX requires one of the two."""
+    mode = decoder.choice(("wrap", "clamp"))
+    if not mode:
+        raise decoder.refuse("a form without .wrap or .clamp")
+    return mode == "wrap"
+
+
 @instruction("lop3")
 def _lop3(decoder: Decoder) -> Step:
     decoder.type("b32")
@@ -43,6 +51,8 @@ def _lop3(decoder: Decoder) -> Step:
     table = decoder.operands[4]
     if not isinstance(table, Immediate):
         raise decoder.refuse("a table that is no number")
+    if not 0 <= table.value <= 0xFF:
+        raise decoder.refuse(f"a table of {table.value:#x}")
     wanted = [bits for bits in range(8) if table.value >> bits & 1]
 
     def logic(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -59,8 +69,10 @@ def _lop3(decoder: Decoder) -> Step:
 
 @instruction("shf")
 def _shf(decoder: Decoder) -> Step:
-    left = decoder.choice(("l", "r")) == "l"
-    wrap = decoder.choice(("wrap", "clamp")) == "wrap"
+    direction = decoder.choice(("l", "r"))
+    if not direction:
+        raise decoder.refuse("a form without a direction")
+    left, wrap = direction == "l", _wraps(decoder)
     decoder.type("b32")
     decoder.count(4)
 
@@ -167,7 +179,7 @@ def _brev(decoder: Decoder) -> Step:
 
 @instruction("bmsk")
 def _bmsk(decoder: Decoder) -> Step:
-    wrap = decoder.choice(("clamp", "wrap")) == "wrap"
+    wrap = _wraps(decoder)
     decoder.type("b32")
     decoder.count(3)
 
@@ -184,7 +196,7 @@ def _bmsk(decoder: Decoder) -> Step:
 
 @instruction("szext")
 def _szext(decoder: Decoder) -> Step:
-    wrap = decoder.choice(("clamp", "wrap")) == "wrap"
+    wrap = _wraps(decoder)
     signed = decoder.type("u32", "s32") == "s32"
     decoder.count(3)
 

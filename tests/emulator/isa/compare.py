@@ -22,6 +22,7 @@ _ORDERED = {
 _UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 _UNORDERED = {f"{name}u": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 _FLOATS: dict[str, Any] = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
+_TYPES = frozenset(f"{kind}{bits}" for kind in "bus" for bits in (16, 32, 64))
 _COMBINE = ("and", "or", "xor")
 
 
@@ -30,8 +31,12 @@ def _relation(decoder: Decoder, type_: str) -> alu.Function:
     name = decoder.choice([*_ORDERED, *_UNSIGNED, *_UNORDERED, "num", "nan"])
     if not name:
         raise decoder.refuse("no comparison")
+    if name in _UNSIGNED and not type_.startswith("u"):
+        raise decoder.refuse(f"comparison {name} of {type_}")
     if type_ in _FLOATS or type_ == "bf16":
         return _of_floats(name, type_)
+    if type_ not in _TYPES:
+        raise decoder.refuse(f"type .{type_}")
     if name in _UNSIGNED:
         name = _UNSIGNED[name]
     if name not in _ORDERED:
@@ -61,11 +66,15 @@ def _of_floats(name: str, type_: str) -> alu.Function:
     return relation
 
 
-def _flush(decoder: Decoder, relation: alu.Function) -> alu.Function:
+def _flush(decoder: Decoder, relation: alu.Function, type_: str) -> alu.Function:
     if not decoder.flag("ftz"):
         return relation
+    if type_ not in ("f32", "f16"):
+        raise decoder.refuse(f".ftz of {type_}")
 
     def flushed(raw: np.ndarray) -> np.ndarray:
+        if type_ == "f16":
+            return np.where(raw & np.uint16(0x7C00), raw, raw & np.uint16(0x8000))
         return formats.flush(raw.view(np.float32)).view(np.uint32)
 
     return lambda a, b: relation(flushed(a), flushed(b))
@@ -75,7 +84,7 @@ def _flush(decoder: Decoder, relation: alu.Function) -> alu.Function:
 def _setp(decoder: Decoder) -> Step:
     combine = decoder.choice(_COMBINE)
     type_ = decoder.type()
-    relation = _flush(decoder, _relation(decoder, type_))
+    relation = _flush(decoder, _relation(decoder, type_), type_)
     bits = TYPES[type_]
     decoder.count(4 if combine else 3)
     target: Operand = decoder.operands[0]
@@ -112,7 +121,7 @@ def _set(decoder: Decoder) -> Step:
     types = decoder.types()
     if len(types) != 2 or types[0] not in ("u32", "s32", "f32"):
         raise decoder.refuse(f"types {types}")
-    relation = _flush(decoder, _relation(decoder, types[1]))
+    relation = _flush(decoder, _relation(decoder, types[1]), types[1])
     decoder.count(3)
     bits = TYPES[types[1]]
     true = np.uint32(0x3F800000 if types[0] == "f32" else 0xFFFFFFFF)
@@ -130,14 +139,16 @@ def _slct(decoder: Decoder) -> Step:
     types = decoder.types()
     if len(types) != 2 or types[1] not in ("s32", "f32"):
         raise decoder.refuse(f"types {types}")
-    decoder.flag("ftz")
+    ftz = types[1] == "f32" and decoder.flag("ftz")
     bits = TYPES[types[0]]
     dtype = np.int32 if types[1] == "s32" else np.float32
     decoder.count(4)
     kind = DTYPES[bits]
 
     def value(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-        return np.where(c.view(dtype) >= 0, a, b).astype(kind)
+        number = c.view(dtype)
+        number = formats.flush(number) if ftz else number
+        return np.where(number >= 0, a, b).astype(kind)
 
     slots = [decoder.source(1, bits), decoder.source(2, bits), decoder.source(3, 32)]
     return alu.compute(value, decoder.destination(0, bits), slots)

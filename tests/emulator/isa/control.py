@@ -33,10 +33,35 @@ def _trap(decoder: Decoder) -> Step:
     return step
 
 
-@instruction("nanosleep", "prefetch", "prefetchu", "applypriority", "discard")
-def _nothing(decoder: Decoder) -> Step:
-    """Timing and hints: prefetches of tensor maps and of L2."""
-    decoder.left.clear()
+@instruction("nanosleep")
+def _nanosleep(decoder: Decoder) -> Step:
+    decoder.type("u32")
+    decoder.count(1)
+    decoder.source(0, 32)
+    return lambda warp: None
+
+
+_PREFETCHES = frozenset(
+    [(*space, level) for space in ((), ("global",), ("local",)) for level in ("L1", "L2")]
+    + [("global", "L2::evict_last"), ("global", "L2::evict_normal")]
+    + [(*space, "tensormap") for space in ((), ("const",), ("param",))]
+)
+_HINTS = {
+    "prefetch": _PREFETCHES,
+    "prefetchu": frozenset([("L1",)]),
+    "applypriority": frozenset([("global", "L2::evict_normal"), ("L2::evict_normal",)]),
+}
+
+
+@instruction(*_HINTS)
+def _hint(decoder: Decoder) -> Step:
+    """Hints to caches; a `discard` is none, for it destroys what memory holds."""
+    form = tuple(decoder.left)
+    if form not in _HINTS[decoder.opcode]:
+        raise decoder.refuse("this form")
+    decoder.left = []
+    decoder.count(2 if decoder.opcode == "applypriority" else 1)
+    decoder.address(0)
     return lambda warp: None
 
 
@@ -48,10 +73,28 @@ def _griddepcontrol(decoder: Decoder) -> Step:
     return lambda warp: None
 
 
+_SECONDARY = ("L2::evict_first", "L2::evict_unchanged")
+_PRIMARY = ("L2::evict_last", "L2::evict_normal", *_SECONDARY)
+
+
 @instruction("createpolicy")
 def _createpolicy(decoder: Decoder) -> Step:
     """A cache hint: its bits are never looked at."""
-    decoder.left.clear()
+    form = decoder.choice(("fractional", "range", "cvt"))
+    decoder.type("b64")
+    if form == "cvt":
+        decoder.count(2)
+        known = decoder.flag("L2")
+    else:
+        decoder.count(*((1, 2) if form == "fractional" else (4,)))
+        if form == "range":
+            decoder.flag("global")
+        primary, *secondary = decoder.left or [""]
+        known = bool(form) and primary in _PRIMARY
+        known &= not secondary or (len(secondary) == 1 and secondary[0] in _SECONDARY)
+        decoder.left = []
+    if not known:
+        raise decoder.refuse("this form")
     destination, value = decoder.destination(0, 64), decoder.file.constant(0, 64)
 
     def step(warp: Warp) -> None:

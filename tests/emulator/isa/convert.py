@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ _INTEGER_MODES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }  # fmt: skip
 _FLOAT_MODES = ("rn", "rz", "rm", "rp", "rna")
 _REAL = {"f16": 16, "bf16": 16, "f32": 32, "f64": 64}
+_WIDENING = (("f16", "f32"), ("bf16", "f32"), ("f16", "f64"), ("bf16", "f64"), ("f32", "f64"))
 _NARROW = ("e2m1", "e4m3", "e5m2", "e2m3", "e3m2", "ue8m0")
 
 
@@ -73,11 +75,20 @@ def _scalar(decoder: Decoder, target: str, source: str) -> alu.Function:
     if relu or satfinite:
         raise decoder.refuse(".relu or .satfinite")
     if target in _REAL:
-        mode = decoder.choice(_FLOAT_MODES, "rn")
-        return _from_integer(decoder, target, source, mode)
+        mode = decoder.choice(_FLOAT_MODES)
+        if not mode:
+            raise decoder.refuse("an integer to a float without a rounding, which PTX requires,")
+        convert = _from_integer(decoder, target, source, mode)
+        return _clamped(convert, dtype_of(source)) if sat else convert
     if source in _REAL:
         return _to_integer(decoder, target, source, ftz)
     return _between_integers(target, source, sat)
+
+
+def _clamped(convert: alu.Function, from_: Any) -> alu.Function:
+    """The conversion of an integer clamped to 0 and 1, both exact in every format."""
+    one = from_(1)
+    return lambda raw: convert(np.clip(raw.view(from_), from_(0), one).view(raw.dtype))
 
 
 def _between_integers(target: str, source: str, sat: bool) -> alu.Function:
@@ -119,29 +130,14 @@ def _from_integer(decoder: Decoder, target: str, source: str, mode: str) -> alu.
 
 
 def _to_integer(decoder: Decoder, target: str, source: str, ftz: bool) -> alu.Function:
-    """Clamped to the target's range; NaN gives 0 (for 64 bits 0x8000000000000000)."""
+    """Clamped to the target's range."""
     mode = decoder.choice(_INTEGER_MODES)
     if not mode:
         raise decoder.refuse("no integer rounding")
-    function, to = _INTEGER_MODES[mode], dtype_of(target)
-    low, high = int(np.iinfo(to).min), int(np.iinfo(to).max)
-    result = DTYPES[TYPES[target]]
-
-    def convert(raw: np.ndarray) -> np.ndarray:
-        x = _number(raw, source)
-        x = formats.flush(x) if ftz else x
-        whole = function(x.astype(np.float64))
-        nan = np.isnan(whole)
-        clipped = [
-            0 if bad else low if v <= low else high if v >= high else int(v)
-            for v, bad in zip(whole.tolist(), nan.tolist(), strict=True)
-        ]
-        value = np.array(clipped, to).view(result)
-        if TYPES[target] == 64:
-            value = np.where(nan, np.uint64(1 << 63), value)
-        return value
-
-    return convert
+    bits, signed = TYPES[target], target.startswith("s")
+    return lambda raw: formats.float_to_int(
+        _number(raw, source), mode, bits, signed=signed, ftz=ftz
+    )
 
 
 def _between_floats(
@@ -149,7 +145,11 @@ def _between_floats(
     satfinite: bool,
 ) -> alu.Function:  # fmt: skip
     whole = decoder.choice(_INTEGER_MODES)
-    mode = decoder.choice(_FLOAT_MODES, "rn")
+    mode = decoder.choice(_FLOAT_MODES)
+    exact = target == source or (source, target) in _WIDENING
+    if not (exact or mode):
+        raise decoder.refuse("a loss of precision without a rounding, which PTX requires,")
+    mode = mode or "rn"
     if target == "f64" and source == "f64" and not whole:
         raise decoder.refuse("this form")
 

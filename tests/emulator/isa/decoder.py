@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable
 
-from tests.emulator.errors import PtxError, UnsupportedError
+from tests.emulator.errors import EmulatorError, PtxError, UnsupportedError
 from tests.emulator.isa import targets
 from tests.emulator.machine.registers import RegisterFile
-from tests.emulator.machine.signals import Outcome, Signal, Step
+from tests.emulator.machine.signals import Branch, Outcome, Signal, Step, Wait
 from tests.emulator.machine.warp import Warp
 from tests.emulator.ptx.syntax import (
     Address,
@@ -226,8 +226,6 @@ def _guarded(step: Step, slot: int, negated: bool) -> Step:
 
 def _partial(outcome: Outcome, chosen: int, mask: int, warp: Warp) -> Outcome:
     """What a guarded step that did not just go on means for all lanes."""
-    from tests.emulator.machine.signals import Branch, Wait
-
     warp.activate(mask)
     if isinstance(outcome, int):
         return Branch(chosen, outcome)
@@ -238,8 +236,6 @@ def _partial(outcome: Outcome, chosen: int, mask: int, warp: Warp) -> Outcome:
 
 
 def _waiting_for(wait: Outcome, chosen: int, warp: Warp) -> Outcome:
-    from tests.emulator.machine.signals import Wait
-
     assert isinstance(wait, Wait)
     then = wait.then
 
@@ -251,6 +247,21 @@ def _waiting_for(wait: Outcome, chosen: int, warp: Warp) -> Outcome:
         warp.activate(mask)
 
     return Wait(wait.ready, wait.reason, resume, wait.patience)
+
+
+_CRASHES = (KeyError, ValueError, AttributeError, IndexError, TypeError, OverflowError)
+
+
+def _built(build: Callable[[Decoder], Step], decoder: Decoder) -> Step:
+    """The step; what no decoder foresaw is refused by name, too."""
+    try:
+        step = build(decoder)
+        decoder.finish()
+    except EmulatorError:
+        raise
+    except _CRASHES as error:
+        raise decoder.refuse(f"this form ({type(error).__name__}: {error})") from error
+    return step
 
 
 def decode(entry: Entry, file: RegisterFile, target: str) -> list[Step]:
@@ -265,9 +276,7 @@ def decode(entry: Entry, file: RegisterFile, target: str) -> list[Step]:
         if build is None:
             raise UnsupportedError(f"line {each.line}: opcode {each.name} is not emulated")
         targets.check(each, target)
-        decoder = Decoder(each, file)
-        step = build(decoder)
-        decoder.finish()
+        step = _built(build, Decoder(each, file))
         step = tensor_loads.tracked(step, each, loaded)
         if each.guard is not None:
             step = _guarded(step, each.guard.predicate.slot, each.guard.negated)

@@ -38,8 +38,8 @@ def _is_plain(decoder: Decoder) -> bool:
     return not {"ftz", "sat", "rz", "rm", "rp"}.intersection(decoder.left)
 
 
-def _options(decoder: Decoder) -> tuple[str, bool, bool]:
-    return decoder.choice(_ROUNDINGS, "rn"), decoder.flag("ftz"), decoder.flag("sat")
+def _options(decoder: Decoder) -> tuple[str, bool]:
+    return decoder.choice(_ROUNDINGS, "rn"), decoder.flag("ftz")
 
 
 def _canonical(function: Numbers) -> Numbers:
@@ -55,7 +55,8 @@ def _linear(decoder: Decoder, plain: Numbers, exact: Numbers, wide: Numbers, cou
         return _f64(decoder, wide, count)
     if decoder.flag("f32x2"):
         return _pairs(decoder, exact, count)
-    mode, ftz, sat = _options(decoder)
+    mode, ftz = _options(decoder)
+    sat = decoder.flag("sat")
     decoder.type("f32")
     if is_plain:
         return _f32(decoder, _canonical(plain), count)
@@ -63,8 +64,8 @@ def _linear(decoder: Decoder, plain: Numbers, exact: Numbers, wide: Numbers, cou
 
 
 def _pairs(decoder: Decoder, exact: Numbers, count: int) -> Step:
-    """Two f32 in 64 bits (sm_100)."""
-    mode, ftz, _ = _options(decoder)
+    """Two f32 in 64 bits (sm_100); PTX has no .sat of them."""
+    mode, ftz = _options(decoder)
     decoder.count(count + 1)
     slots = [decoder.source(1 + i, 64) for i in range(count)]
 
@@ -126,7 +127,7 @@ def _div(decoder: Decoder) -> Step:
         ftz = decoder.flag("ftz")
         decoder.type("f32")
         return _f32(decoder, lambda a, b: arithmetic.div_f32(a, b, ftz=ftz), 2)
-    mode, ftz, _ = _options(decoder)
+    mode, ftz = _options(decoder)
     decoder.type("f32")
     return _f32(decoder, lambda a, b: arithmetic.div_f32(a, b, mode, ftz=ftz), 2)
 
@@ -185,7 +186,7 @@ def _function(decoder: Decoder) -> Step:
     """Reciprocals, roots and the approximate functions of the special function unit."""
     opcode = decoder.opcode
     approximate = decoder.flag("approx")
-    mode, ftz, _ = _options(decoder)
+    mode, ftz = _options(decoder)
     decoder.type("f32")
     if opcode == "rcp" and not approximate:
         return _f32(decoder, lambda a: arithmetic.rcp_f32(a, mode, ftz=ftz), 1)
@@ -202,6 +203,8 @@ def _function(decoder: Decoder) -> Step:
 @instruction("testp")
 def _testp(decoder: Decoder) -> Step:
     kind = decoder.choice(("finite", "infinite", "number", "notanumber", "normal", "subnormal"))
+    if not kind:
+        raise decoder.refuse("a form without a property")
     decoder.type("f32")
     decoder.count(2)
     tiny = np.finfo(np.float32).tiny

@@ -5,7 +5,7 @@ Each waits until the lanes of its member mask are together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,11 +49,19 @@ def _results(decoder: Decoder, operand: Operand, bits: int) -> tuple[int, int | 
 _NO_MASK = "forms without .sync, which no current architecture has"
 
 
+def _mode(decoder: Decoder, names: Sequence[str]) -> str:
+    """The modifier that says what to do, which PTX requires."""
+    mode = decoder.choice(names)
+    if not mode:
+        raise decoder.refuse(f"a form without one of .{', .'.join(names)}")
+    return mode
+
+
 @instruction("shfl")
 def _shfl(decoder: Decoder) -> Step:
     if not decoder.flag("sync"):
         raise decoder.refuse(_NO_MASK)
-    mode = decoder.choice(("up", "down", "bfly", "idx"))
+    mode = _mode(decoder, ("up", "down", "bfly", "idx"))
     decoder.type("b32", "u32", "f32", "s32")
     decoder.count(5)
     destination, predicate = _results(decoder, decoder.operands[0], 32)
@@ -61,6 +69,7 @@ def _shfl(decoder: Decoder) -> Step:
 
     def body(warp: Warp, members: int) -> Outcome:
         warp.require(lane, "the lane of a shuffle")
+        warp.require(clamp, "the clamp operand of a shuffle")
         b = (warp.r[lane] & 31).astype(np.int64)
         c = warp.r[clamp]
         segment = (c >> 8 & 31).astype(np.int64)
@@ -93,8 +102,8 @@ def _shfl(decoder: Decoder) -> Step:
 def _vote(decoder: Decoder) -> Step:
     if not decoder.flag("sync"):
         raise decoder.refuse(_NO_MASK)
-    mode = decoder.choice(("all", "any", "uni", "ballot"))
-    type_ = decoder.type("pred", "b32")
+    mode = _mode(decoder, ("all", "any", "uni", "ballot"))
+    type_ = decoder.type("b32" if mode == "ballot" else "pred")
     decoder.count(3)
     slot, negated = decoder.predicate(1)
     destination = decoder.destination(0, TYPES[type_])
@@ -153,8 +162,11 @@ def _redux(decoder: Decoder) -> Step:
     operation = decoder.choice(_REDUCE)
     absolute, nan = decoder.flag("abs"), decoder.flag("NaN")
     type_ = decoder.type("b32", "u32", "s32", "f32")
-    if (type_ == "f32") != (type_ == "f32" and operation in ("min", "max")) or not operation:
-        raise decoder.refuse(f"{operation} of {type_}")
+    kinds = {"add": "us", "min": "usf", "max": "usf"}.get(operation, "b")
+    if not operation or type_[0] not in kinds:
+        raise decoder.refuse(f"{operation or 'no operation'} of {type_}")
+    if type_ != "f32" and (absolute or nan):
+        raise decoder.refuse(f".abs or .NaN of {type_}")
     decoder.count(3)
     destination, source = decoder.destination(0, 32), decoder.source(1, 32)
 
@@ -180,7 +192,7 @@ def _redux(decoder: Decoder) -> Step:
 def _match(decoder: Decoder) -> Step:
     if not decoder.flag("sync"):
         raise decoder.refuse("this form")
-    mode = decoder.choice(("any", "all"))
+    mode = _mode(decoder, ("any", "all"))
     bits = TYPES[decoder.type("b32", "b64")]
     decoder.count(3)
     destination, predicate = _results(decoder, decoder.operands[0], 32)

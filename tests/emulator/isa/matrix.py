@@ -6,8 +6,9 @@ import numpy as np
 
 from tests.emulator import fragments
 from tests.emulator.errors import Fault
-from tests.emulator.isa.addresses import SHARED, evaluate
+from tests.emulator.isa.addresses import SHARED, Evaluate, evaluate, space_of
 from tests.emulator.isa.decoder import TYPES, Decoder, instruction
+from tests.emulator.isa.moves import SPACES
 from tests.emulator.machine.access import actor, read_shared, write_shared
 from tests.emulator.machine.registers import FULL, bits_of
 from tests.emulator.machine.shared_memory import OFFSET
@@ -90,17 +91,34 @@ def _uniform(warp: Warp, slot: int) -> int:
     return int(values[0])
 
 
-def _move(decoder: Decoder) -> tuple[int, bool]:
+def _move(decoder: Decoder, operand: int) -> tuple[int, bool, Evaluate]:
+    """Matrices, whether transposed, and shared addresses of their rows, whose lanes come first."""
     for name in ("sync", "aligned"):
-        decoder.flag(name)
+        if not decoder.flag(name):
+            raise decoder.refuse(f"a form without .{name}")
     if not decoder.flag("m8n8"):
         raise decoder.refuse("another shape than .m8n8")
-    count = int(decoder.choice(("x1", "x2", "x4"), "x1")[1:])
-    trans = decoder.flag("trans")
-    decoder.choice(SHARED)
+    number = decoder.choice(("x1", "x2", "x4"))
+    if not number:
+        raise decoder.refuse("a form without .x1, .x2 or .x4")
+    count, trans = int(number[1:]), decoder.flag("trans")
+    generic = not space_of(decoder, operand, decoder.choice(SHARED))
     if TYPES[decoder.type("b16")] != 16:
         raise decoder.refuse("another type than .b16")
-    return count, trans
+    addresses, rows = evaluate(decoder, operand), (1 << 8 * count) - 1
+
+    def shared(warp: Warp) -> np.ndarray:
+        mask = warp.mask
+        warp.activate(mask & rows)
+        found = addresses(warp)
+        if generic:
+            if (found[warp.lanes] >> np.uint64(56) != SPACES["shared"] >> 56).any():
+                raise Fault("address", f"{decoder.opcode}: a generic address not of shared memory")
+            found = found & np.uint64((1 << 56) - 1)
+        warp.activate(mask)
+        return found
+
+    return count, trans, shared
 
 
 def _bytes(warp: Warp, addresses: np.ndarray, count: int, trans: bool) -> np.ndarray:
@@ -118,10 +136,10 @@ def _bytes(warp: Warp, addresses: np.ndarray, count: int, trans: bool) -> np.nda
 
 @instruction("ldmatrix")
 def _ldmatrix(decoder: Decoder) -> Step:
-    count, trans = _move(decoder)
     decoder.count(2)
+    count, trans, addresses = _move(decoder, 1)
     targets = [decoder.destination(item, 32) for item in decoder.items(0)]
-    addresses, line = evaluate(decoder, 1), decoder.line
+    line = decoder.line
     if len(targets) != count:
         raise decoder.refuse(f"{len(targets)} registers")
 
@@ -141,10 +159,10 @@ def _ldmatrix(decoder: Decoder) -> Step:
 
 @instruction("stmatrix")
 def _stmatrix(decoder: Decoder) -> Step:
-    count, trans = _move(decoder)
     decoder.count(2)
+    count, trans, addresses = _move(decoder, 0)
     sources = [decoder.source(item, 32) for item in decoder.items(1)]
-    addresses, line = evaluate(decoder, 0), decoder.line
+    line = decoder.line
     if len(sources) != count:
         raise decoder.refuse(f"{len(sources)} registers")
 

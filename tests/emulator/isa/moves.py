@@ -1,4 +1,4 @@
-"""mov, selp and addresses: cvta, mapa, getctarank, isspacep."""
+"""mov, selp and addresses: cvta, mapa, getctarank."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def _mov(decoder: Decoder) -> Step:
     target, value = decoder.operands
     if bits == 1:
         return _copy_predicate(decoder)
+    if bits not in DTYPES:
+        raise decoder.refuse(f"type .{type_}")
     if isinstance(target, Vector):
         return _unpack(decoder, target, bits)
     if isinstance(value, Vector):
