@@ -188,17 +188,6 @@ def minmax_16(
     return _ENCODE[kind](value)
 
 
-def unpack_16(word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Low and high halves (uint16) of packed registers (uint32)."""
-    word = np.asarray(word, dtype=np.uint32)
-    return word.astype(np.uint16), (word >> np.uint32(16)).astype(np.uint16)
-
-
-def pack_16(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Packed register (uint32) of two halves (uint16)."""
-    return np.asarray(low).astype(np.uint32) | np.asarray(high).astype(np.uint32) << np.uint32(16)
-
-
 def packed(op: str, kind: str, *words: np.ndarray, **modifiers: bool) -> np.ndarray:
     """{add,sub,mul,fma,min,max}...<kind>x2 of packed registers (uint32), halves independently."""
     # Halves are rounded one by one, so all 64 lanes can be at once.

@@ -114,11 +114,6 @@ def e4m3_to_f32(codes: np.ndarray) -> np.ndarray:
     return _from_minifloat(codes, "e4m3")
 
 
-def f32_to_e4m3(x: np.ndarray) -> np.ndarray:
-    """cvt.rn.satfinite.e4m3x2.f32 of one element: uint8 codes."""
-    return from_f32(x, "e4m3")
-
-
 def ue4m3_to_f32(codes: np.ndarray) -> np.ndarray:
     """Values of unsigned e4m3 scale factors: bit 7 is ignored (see `ue4m3_suspect`)."""
     return _from_minifloat(np.asarray(codes) & 0x7F, "e4m3")

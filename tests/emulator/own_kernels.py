@@ -321,16 +321,13 @@ CASES = {
     "dequantize": _dequantize((40, 88), "nvfp4", torch.bfloat16),
     "dequantize, scaled": _dequantize((37, 101), "nvfp4", F32, qs=1536.0),
     "dequantize, mxfp4": _dequantize((130, 70), "mxfp4", F16, qs=1536.0),
+    "blocks, hardware dice": _quantize(
+        "blocks", (33, 72), f"{HARDWARE} transpose", archs=ARCHS[1:2]
+    ),
+    "tiles, hardware dice": _quantize(
+        "tiles", (37, 83), f"2d static_6 {HARDWARE}", archs=ARCHS[1:2]
+    ),
 }  # fmt: skip
-if HARDWARE in formats.ROUNDINGS:
-    CASES |= {
-        "blocks, hardware dice": _quantize(
-            "blocks", (33, 72), f"{HARDWARE} transpose", archs=ARCHS[1:2]
-        ),
-        "tiles, hardware dice": _quantize(
-            "tiles", (37, 83), f"2d static_6 {HARDWARE}", archs=ARCHS[1:2]
-        ),
-    }
 
 
 # What a GPU makes of them -------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The 128-byte tensor map (CUtensorMap, tiled mode) that CuTe-DSL host code writes itself.
 
-Bit positions were measured by running that host code (EMULATOR.md section f) and agree with the
-type codes of `tensormap.replace` in the PTX ISA and with cute/arch/copy_sm90_desc.hpp. Only the
-first 64 bytes mean anything; the rest is whatever was on the stack. Every field whose meaning was
-not observed is refused by name rather than guessed.
+Bit positions and type codes were measured by running that host code and agree with
+cute/arch/copy_sm90_desc.hpp; `tensormap.replace` of the PTX ISA numbers its types otherwise. Only
+the first 64 bytes mean anything; the rest is whatever was on the stack. Every field whose meaning
+was not observed is refused by name rather than guessed.
 """
 
 from __future__ import annotations

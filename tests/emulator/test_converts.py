@@ -16,7 +16,7 @@ HALVES = torch.arange(1 << 16).to(torch.uint16)
 """Every pattern of 16 bits."""
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E2M1_TIES = {0.25: 0.0, 0.75: 1.0, 1.25: 1.0, 1.75: 2.0, 2.5: 2.0, 3.5: 4.0, 5.0: 4.0}
-"""Middles of neighbours go to the one with an even code (EMULATOR.md)."""
+"""Middles of neighbours go to the one with an even code (PTX ISA, cvt)."""
 
 _BOUNDARIES = 20_000
 _CHUNK = 1 << 14

@@ -13,7 +13,7 @@ from tests.emulator.errors import EmulatorError, Fault, UnsupportedError
 
 
 def test_decodes_the_descriptors_of_nvidia_kernels():
-    """EMULATOR.md, section a: operands of op0, and the source of its scale-factor copies."""
+    """Of NVIDIA's 128x64 NVFP4 GEMM: operands, and the source of its scale-factor copies."""
     operand = descriptors.decode_shared(0x4000_4040_0001_0000 | 0x840)
     assert operand == descriptors.SharedDescriptor(0x8400, 16, 1024, "128B")
     scales = descriptors.decode_shared(0x0000_4008_0001_0000)

@@ -379,3 +379,22 @@ def test_odd_forms_are_refused_by_name(code):
 def test_forms_that_ptx_lacks_are_refused(code):
     with pytest.raises(UnsupportedError, match=r"line \d+: \w+.* is not emulated"):
         execute(code)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mov.u32 r0, 08;", "'08' is no octal number"),
+        (".reg .b128 q;", "registers of 128 bits"),
+        ("atom.global.add.b32 r0, [rd0], 1;", "add of b32"),
+        ("bar.arrive 0;", "a form with 1 operands"),
+        ("cp.async.cg.shared.global [r0], [rd0], 4;", "4 bytes"),
+    ],
+)
+def test_more_that_is_refused(text, message):
+    with pytest.raises(EmulatorError, match=re.escape(message)):
+        _decoded(text)
+
+
+def test_octal_literals():
+    assert _operands("mov.u32 r0, 010;")[1] == Immediate(8)

@@ -11,7 +11,7 @@ import pytest
 from tests.emulator import swizzle, tensor_map
 from tests.emulator.errors import EmulatorError, UnsupportedError
 
-# A of NVIDIA's 128x64 NVFP4 GEMM with M, N, K = 256, 256, 512 (EMULATOR.md, section f).
+# A of NVIDIA's 128x64 NVFP4 GEMM with M, N, K = 256, 256, 512, as its host code writes it.
 OP0_A = struct.pack(
     "<8Q",
     0x00007F0000010000,
@@ -58,7 +58,7 @@ def test_decodes_a_map_of_an_nvidia_kernel():
 
 
 def test_the_scale_factor_map():
-    """SFA moves as u16: 256 elements are one atom of 128 rows x 4 blocks (EMULATOR.md, c)."""
+    """SFA moves as u16: 256 elements are one atom of 128 rows x 4 blocks."""
     atoms = _map(
         kind="u16",
         bits=16,

@@ -71,6 +71,8 @@ def _atom(decoder: Decoder) -> Step:
     decoder.flag("noftz")
     type_ = decoder.type()
     bits = TYPES[type_]
+    if type_.startswith("b") and operation not in ("and", "or", "xor", "exch", "cas"):
+        raise decoder.refuse(f"{operation} of {type_}, which has no arithmetic,")
     wanted = (2 if operation == "cas" else 1) + returns + 1
     decoder.count(wanted + policy)
     update = (

@@ -34,7 +34,7 @@ def _bar(decoder: Decoder) -> Step:
         return _reduction(decoder)
     if not action:
         raise decoder.refuse("this form")
-    decoder.count(1, 2)
+    decoder.count(*((2,) if action == "arrive" else (1, 2)))
     number = decoder.source(0, 32)
     count = decoder.source(1, 32) if len(decoder.operands) == 2 else -1
 
@@ -56,7 +56,9 @@ def _one(warp: Warp, slot: int, what: str) -> int:
     return int(values[0])
 
 
-def _arrive_at(warp: Warp, number_slot: int, count_slot: int, *, wait: bool) -> Outcome:
+def _arrive_at(
+    warp: Warp, number_slot: int, count_slot: int, *, wait: bool, votes: bool = False
+) -> Outcome:
     number = _one(warp, number_slot, "the barrier's number")
     if number > 15:
         raise Fault("barrier", f"barrier {number}: there are 16")
@@ -66,7 +68,9 @@ def _arrive_at(warp: Warp, number_slot: int, count_slot: int, *, wait: bool) -> 
         threads = _one(warp, count_slot, "the barrier's thread count")
         if threads % 32 or not threads:
             raise Fault("barrier", f"{threads} threads: must be a multiple of 32")
-    barrier.everybody = count_slot < 0
+    if barrier.arrived and barrier.votes_wanted != votes:
+        raise Fault("barrier", f"bar.red and bar.sync meet at barrier {number}")
+    barrier.votes_wanted, barrier.everybody = votes, count_slot < 0
     generation = barrier.generation
     barrier.arrive(32, threads, warp.release())
     warp.cta.cluster.event()
@@ -105,7 +109,7 @@ def _reduction(decoder: Decoder) -> Step:
             barrier.votes = []
         votes = barrier.votes
         votes.append(np.array([(value & warp.mask).bit_count(), warp.mask.bit_count()]))
-        waiting = _arrive_at(warp, number, count, wait=True)
+        waiting = _arrive_at(warp, number, count, wait=True, votes=True)
         assert isinstance(waiting, Wait)
         acquire = waiting.then
 

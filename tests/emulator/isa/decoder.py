@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterable
 
 from tests.emulator.errors import EmulatorError, PtxError, UnsupportedError
-from tests.emulator.isa import targets
+from tests.emulator.isa import targets, tensor_loads
 from tests.emulator.machine.registers import RegisterFile
 from tests.emulator.machine.signals import Branch, Outcome, Signal, Step, Wait
 from tests.emulator.machine.warp import Warp
@@ -35,7 +35,7 @@ TYPES = {
 
 MODULES = (
     "integer", "floating", "packed", "convert", "moves", "compare", "control", "lanes", "bits",
-    "memory", "atomics", "barriers", "copies", "tensor_copies", "tensor_core", "matrix",
+    "memory", "atomics", "barriers", "copies", "tensor_core", "matrix",
 )  # fmt: skip
 """Modules of this package that register instructions."""
 
@@ -268,7 +268,6 @@ def decode(entry: Entry, file: RegisterFile, target: str) -> list[Step]:
     """Steps of an entry, one an instruction and one for its end."""
     for name in MODULES:
         importlib.import_module(f"tests.emulator.isa.{name}")
-    tensor_loads = importlib.import_module("tests.emulator.isa.tensor_loads")
     loaded = tensor_loads.loaded_registers(entry)
     steps: list[Step] = []
     for each in entry.instructions:

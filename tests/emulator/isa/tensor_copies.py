@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.emulator.errors import Fault
 from tests.emulator.isa.addresses import SHARED, evaluate, known_barrier, one_shared, shared_of
-from tests.emulator.isa.copies import (
+from tests.emulator.isa.copy_groups import (
     bulk_actor,
     bulk_writer,
     one_lane,

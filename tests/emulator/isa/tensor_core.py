@@ -12,7 +12,7 @@ from tests.emulator import descriptors
 from tests.emulator import tensor_memory_layout as layout
 from tests.emulator.errors import Fault
 from tests.emulator.isa.addresses import SHARED, evaluate, known_barrier, one_shared
-from tests.emulator.isa.copies import one_lane
+from tests.emulator.isa.copy_groups import one_lane
 from tests.emulator.isa.decoder import Decoder, instruction
 from tests.emulator.isa.tensor_loads import wait_loads
 from tests.emulator.isa.tensor_memory_ops import (

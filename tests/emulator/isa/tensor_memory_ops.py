@@ -52,6 +52,8 @@ def alloc(decoder: Decoder) -> Step:
         # Both CTAs of a pair must ask; then both get the same columns.
         asked: dict[int, int] = warp.cta.cluster.requests.setdefault(ctas[0].rank, {})
         answers: dict[int, int] = warp.cta.cluster.answers
+        if warp.cta.rank in asked or warp.cta.rank in answers:
+            raise Fault("tensor memory", f"two warps of {warp.cta.name} allocate at once")
         asked[warp.cta.rank] = columns
         warp.cta.cluster.event()
 

@@ -110,6 +110,8 @@ class NamedBarrier:
     arrived: int = 0
     generation: int = 0
     votes: list[np.ndarray] = field(default_factory=list)
+    votes_wanted: bool = False
+    """A bar.red, whose threads may not meet those of a bar.sync."""
 
     def arrive(self, threads: int, expected: int, vector: np.ndarray) -> None:
         """Count a warp's threads; all must expect the same number, or the living."""

@@ -65,6 +65,8 @@ class AccessLog:
         self.line = np.zeros(cells, np.int32)
         self.atomic = np.zeros(cells, bool)
         self.reads: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.strong_reads: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        """Those of atomic and strong accesses, which only plain writes may not meet."""
         self.cells = cells
 
     def read(
@@ -73,12 +75,11 @@ class AccessLog:
     ) -> Conflict | None:  # fmt: skip
         """Note a read of cells `at`; `ordered` is an agent whose work is ordered by itself."""
         found = self._after_write(at, vector, row, ordered, atomic, "read after write")
-        if atomic:  # a strong access: what matters is that plain ones do not meet its writes
-            return found
-        if agent not in self.reads:
+        reads = self.strong_reads if atomic else self.reads
+        if agent not in reads:
             zeros = np.zeros((2, self.cells), np.int32)
-            self.reads[agent] = (zeros[0], zeros[1])
-        clocks, lines = self.reads[agent]
+            reads[agent] = (zeros[0], zeros[1])
+        clocks, lines = reads[agent]
         clocks[at] = clock
         lines[at] = line
         return found
@@ -90,6 +91,9 @@ class AccessLog:
         """Note a write of cells `at`."""
         found = self._after_write(at, vector, row, ordered, atomic, "write after write")
         found = found or self.unfinished(at, vector[GENERIC], agent, ordered)
+        if not atomic and self.strong_reads:
+            met = _unfinished(self.strong_reads, self.agents, at, vector[GENERIC], agent)
+            found = found or met
         self.writer[at] = agent + 1
         self.written[at] = clock
         self.line[at] = line
@@ -98,15 +102,7 @@ class AccessLog:
 
     def unfinished(self, at: np.ndarray, known: np.ndarray, *but: int) -> Conflict | None:
         """A read of cells `at` by agents other than these that is not known to be done."""
-        for reader, (clocks, lines) in self.reads.items():
-            if reader in but:
-                continue
-            bad = clocks[at] > known[reader]
-            if bad.any():
-                place = int(at[bad.argmax()])
-                name = self.agents.names[reader]
-                return Conflict(place, "write after read", name, int(lines[place]), False)
-        return None
+        return _unfinished(self.reads, self.agents, at, known, *but)
 
     def _after_write(
         self, at: np.ndarray, vector: np.ndarray, row: int, ordered: int, atomic: bool, kind: str
@@ -124,6 +120,21 @@ class AccessLog:
         place, who = int(at[first]), int(writer[first])
         fenced = bool(self.written[place] <= vector[GENERIC, who])
         return Conflict(place, kind, self.agents.names[who], int(self.line[place]), fenced)
+
+
+def _unfinished(
+    reads: dict[int, tuple[np.ndarray, np.ndarray]], agents: Agents, at: np.ndarray,
+    known: np.ndarray, *but: int,
+) -> Conflict | None:  # fmt: skip
+    for reader, (clocks, lines) in reads.items():
+        if reader in but:
+            continue
+        bad = clocks[at] > known[reader]
+        if bad.any():
+            place = int(at[bad.argmax()])
+            name = agents.names[reader]
+            return Conflict(place, "write after read", name, int(lines[place]), False)
+    return None
 
 
 def describe(conflict: Conflict, where: Callable[[int], str], line: Callable[[int], str]) -> str:

@@ -38,7 +38,12 @@ def number(token: Token) -> Immediate:
     if "." in text:
         (bits,) = struct.unpack("<Q", struct.pack("<d", float(text)))
         return Immediate(bits, 64)
-    return Immediate(int(text.rstrip("U"), 0))
+    digits = text.rstrip("U")
+    try:
+        # A leading 0 makes an integer octal, as in C.
+        return Immediate(int(digits, 8 if digits[0] == "0" and digits.isdigit() else 0))
+    except ValueError:
+        raise PtxError(f"line {token.line}: {text!r} is no octal number") from None
 
 
 class Unresolved(Label):

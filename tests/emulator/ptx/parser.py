@@ -360,6 +360,8 @@ class _Body:
     def _registers(self, scope: Scope) -> None:
         kind = self.stream.next()
         bits = width(kind.text, kind.line)
+        if bits > 64:
+            raise UnsupportedError(f"line {kind.line}: registers of {bits} bits are not emulated")
         while True:
             name = self.stream.next()
             if self.stream.accept("<"):
