@@ -1,8 +1,8 @@
 """Rung 9: the project's own kernels, on the way that users' calls take, give the reference's bits.
 
 The PTX is that of sm_90a, sm_100a and sm_120a; on the latter two E2M1 is converted by hardware and
-pairs of float32 are computed at once. What a Hopper GPU made of the same calls is in
-vectors/own_kernels.json, as digests that `own_kernels.record` wrote there: the bits of the emulator.
+pairs of float32 are computed at once. vectors/own_kernels.json holds digests of what a Hopper GPU
+made of the same calls (`own_kernels.record`): the bits of the emulator.
 """
 
 from __future__ import annotations
