@@ -7,6 +7,7 @@ CPU the same Python runs with kernels that do nothing: what is left is ours.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 import types
@@ -19,15 +20,17 @@ import harness
 from fos_compile import kernels
 from fos_compile.kernels import cuda, target
 from fos_compile.kernels.cute import host_general, launch
+from fos_compile.kernels.cute.cache import Kernel, KernelKey
 
 SHAPE = (64, 128)
 CALLS, BATCHES = 100, 201
 """Fewer calls in a batch than a launch queue holds, or the host would wait for the GPU."""
 NOTES = """\
-`us` is the median over {batches} batches of {calls} calls, from Python to Python. `function_us` is
-the same call of the operator's CUDA function, without torch's dispatcher; `buffers_us` is what the
-output buffers cost, which both contain. Options that are given cost the dispatcher more than
-defaults."""
+`us` is the median over {batches} batches of {calls} calls, from Python to Python; `over_neg` is that
+over the time of torch.neg right before. `function_us` is the same call of the operator's CUDA
+function, without torch's dispatcher; `kernel_us` is the launch of the compiled kernel alone,
+`buffers_us` what the output buffers cost: `us` contains both. Options that are given cost the
+dispatcher more than defaults."""
 STAND_IN = "fos_host_time"
 """Library of the operators on a CPU."""
 
@@ -38,8 +41,9 @@ class Row:
 
     call: str
     us: float
-    over_neg: float
+    over_neg: float | None
     function_us: float | None
+    kernel_us: float | None
     buffers_us: float | None
 
 
@@ -152,11 +156,54 @@ def buffers_us(outputs: Any, device: torch.device) -> float:
     return sum(host_us(each, device) for each in new)
 
 
-def run(case: Case, device: torch.device, neg_us: float | None) -> Row:
-    """Measure one call."""
+class Recorder:
+    """In place of the cache of compiled kernels: remembers the last launch."""
+
+    def __init__(self) -> None:
+        self.kernels = launch.KERNELS
+        self.last: Callable[[], object] = lambda: None
+
+    def get(self, key: KernelKey, arch: str) -> Kernel:
+        """A kernel that is remembered with its arguments when it is called."""
+        kernel = self.kernels.get(key, arch)
+
+        def remembered(*arguments: Any) -> None:
+            self.last = functools.partial(kernel, *arguments)
+            kernel(*arguments)
+
+        return remembered
+
+
+def kernel_us(case: Case, device: torch.device) -> float:
+    """Host time of launching the kernel of a call."""
+    assert case.function is not None
+    recorder = Recorder()
+    replaced = {"KERNELS": recorder, "_PLANS": {}, "_READY": {}}
+    kept = {name: getattr(launch, name) for name in replaced}
+    try:
+        for name, value in replaced.items():
+            setattr(launch, name, value)
+        outputs = case.function(*case.arguments, **case.options)
+        us = host_us(recorder.last, device)
+        del outputs  # the recorded launch writes there
+    finally:
+        for name, value in kept.items():
+            setattr(launch, name, value)
+    return us
+
+
+def run(case: Case, device: torch.device) -> Row:
+    """Measure one call, right after torch.neg: the speed of a shared machine changes."""
+    x = case.arguments[0] if isinstance(case.arguments[0], torch.Tensor) else None
+    neg_us = host_us(functools.partial(torch.neg, x), device) if x is not None else None
     us = host_us(lambda: case.call(*case.arguments, **case.options), device)
     row = Row(
-        call=case.name, us=us, over_neg=us / (neg_us or us), function_us=None, buffers_us=None
+        call=case.name,
+        us=us,
+        over_neg=us / neg_us if neg_us else None,
+        function_us=None,
+        kernel_us=None,
+        buffers_us=None,
     )
     function = case.function
     if function is None:
@@ -165,6 +212,7 @@ def run(case: Case, device: torch.device, neg_us: float | None) -> Row:
     return dataclasses.replace(
         row,
         function_us=host_us(lambda: function(*case.arguments, **case.options), device),
+        kernel_us=kernel_us(case, device),
         buffers_us=buffers_us(outputs, device),
     )
 
@@ -177,10 +225,8 @@ def main() -> None:
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         idle_kernels()
-    rows: list[Row] = []
     with torch.no_grad():
-        for case in cases(device):
-            rows.append(run(case, device, rows[0].us if rows else None))
+        rows = [run(case, device) for case in cases(device)]
     facts = harness.header(device, with_roof=False)
     if device.type != "cuda":
         facts["kernels"] = "none: launches that do nothing"

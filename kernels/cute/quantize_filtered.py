@@ -94,6 +94,18 @@ class QuantizeFiltered:
     ) -> None:
         """One CTA."""
         tid, _, _ = arch.thread_idx()
+        here = self.start(x, values, scales, tid, rounds)
+        chunks = cute.ceil_div(x.shape[2], CHUNK)
+        turns = cutlass.min(rounds, (chunks - here.chunk + WARPS - 1) // WARPS)
+        exists = ptx.u32(0xFF) if here.row < x.shape[1] else ptx.u32(0)
+        # No column of a row that does not exist is wanted.
+        cols = x.shape[2] if here.row < x.shape[1] else Int32(0)
+        col, at, to, mark = here.col, here.x, here.values, here.scales
+        ahead = cute.make_rmem_tensor(8, Uint32)
+        # Before anything that waits for amax: a small matrix has no other warps to hide it.
+        self.load(ahead, x, at, col, cols)
+        tensor = contract.tensor_of(ptx.load_f32(amax), self.rules.qs)
+        outside = contract.outside_midrange(tensor)
         count_ptr = arch.alloc_smem(Uint32, 1)
         count = cute.make_tensor(count_ptr, cute.make_layout(1))
         queue = cute.make_tensor(
@@ -103,17 +115,6 @@ class QuantizeFiltered:
             count[0] = Uint32(0)
         arch.sync_threads()
 
-        tensor = contract.tensor_of(ptx.load_f32(amax), self.rules.qs)
-        outside = contract.outside_midrange(tensor)
-        here = self.start(x, values, scales, tid, rounds)
-        chunks = cute.ceil_div(x.shape[2], CHUNK)
-        turns = cutlass.min(rounds, (chunks - here.chunk + WARPS - 1) // WARPS)
-        exists = ptx.u32(0xFF) if here.row < x.shape[1] else ptx.u32(0)
-        # No column of a row that does not exist is wanted.
-        cols = x.shape[2] if here.row < x.shape[1] else Int32(0)
-        col, at, to, mark = here.col, here.x, here.values, here.scales
-        ahead = cute.make_rmem_tensor(8, Uint32)
-        self.load(ahead, x, at, col, cols)
         near = Uint32(0)
         for i in cutlass.range(turns, unroll=1):
             words = fast.ready([ahead[k] for k in range(8)], self.rules, self.rht)
