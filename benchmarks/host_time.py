@@ -26,7 +26,7 @@ SHAPE = (64, 128)
 CALLS, BATCHES = 100, 201
 """Fewer calls in a batch than a launch queue holds, or the host would wait for the GPU."""
 NOTES = """\
-`us` is the median over {batches} batches of {calls} calls, from Python to Python; `over_neg` is that
+`us` is the median over {batches} batches of {calls} calls, from Python to Python; `over_neg` that
 over the time of torch.neg right before. `function_us` is the same call of the operator's CUDA
 function, without torch's dispatcher; `kernel_us` is the launch of the compiled kernel alone,
 `buffers_us` what the output buffers cost: `us` contains both. Options that are given cost the
