@@ -24,6 +24,7 @@ from fos_compile.kernels.quantize import QUANTIZE
 from fos_compile.kernels.quantize_pair import QUANTIZE_PAIR
 from fos_compile.kernels.scaled_mm import SCALED_MM
 from fos_compile.kernels.seed import SEED
+from fos_compile.kernels.unpacked_mm import UNPACKED_MM
 
 register_cpu()
 register_cuda()
@@ -37,6 +38,7 @@ __all__ = [
     "REGISTRY",
     "SCALED_MM",
     "SEED",
+    "UNPACKED_MM",
     "Cost",
     "FosError",
     "InvalidArgument",

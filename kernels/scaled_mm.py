@@ -65,10 +65,16 @@ def reference(
         InvalidArgument: buffers and sizes that do not go together, or an unknown format.
     """
     check(a, scales_a, b, scales_b, format, m, n, k)
-    exact = torch.float32 if a.device.type == "cpu" else torch.bfloat16
+    exact = exact_dtype(a.device)
     left = unscaled(a, scales_a, format).to(exact)
     right = unscaled(b, scales_b, format).to(exact)
     return multiply(left, right, amax_a, qs_a, amax_b, qs_b, bias, out_dtype)
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """What the exact operands code * scale are multiplied in: a product of bfloat16 with a float32
+    output exists on GPUs only."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def multiply(

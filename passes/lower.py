@@ -11,8 +11,12 @@ After (outline)
                                                         # fos_outlined_dynamic for symbolic sizes
 After (inline)
     the reference's ``aten`` nodes, which Inductor fuses with the producer of %x
+After (a product of FP4 where only unpacking has a kernel: NVIDIA GPUs before Blackwell)
+    %dequantize, %dequantize_1 = fos.dequantize(%values, ...), fos.dequantize(%values_1, ...)
+    %unpacked_mm = fos_outlined.unpacked_mm(%dequantize, %dequantize_1, ...)
 Why legal
     The reference is the definition of the operator; both forms run it on the operator's arguments.
+    Unpacked operands, code * scale, are exact in bfloat16.
 Bails out when
     ``supports`` of the operator names a device kernel for these arguments, the operator draws
     random numbers (``fos::seed``), or the config says ``opaque``.
@@ -20,6 +24,7 @@ Bails out when
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -28,12 +33,16 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from fos_compile.kernels.dequantize import DEQUANTIZE
 from fos_compile.kernels.op import Op
 from fos_compile.kernels.outlined import outlined
+from fos_compile.kernels.scaled_mm import SCALED_MM, exact_dtype
+from fos_compile.kernels.unpacked_mm import UNPACKED_MM
 from fos_compile.passes.errors import working_on
-from fos_compile.passes.graph_edit import argument, inherit, value
+from fos_compile.passes.graph_edit import argument, call, inherit, value
 from fos_compile.passes.operators import op_of, runs_as
 from fos_compile.passes.recipe import PassConfig
 from fos_compile.passes.report import PassReport
@@ -52,6 +61,8 @@ def lower(graph: fx.Graph, config: PassConfig) -> PassReport:
         if op is None or not op.inlinable or runs_as(op, node) != "decomposition":
             continue
         with working_on(node):
+            if op is SCALED_MM and _kernels_unpack(node):
+                op, node = UNPACKED_MM, _unpack(graph, node)
             if config.lowering == "inline" or _is_plain_amax(op, node):
                 _inline(graph, node, op, traced)
                 inlined += 1
@@ -60,6 +71,46 @@ def lower(graph: fx.Graph, config: PassConfig) -> PassReport:
                 outlined_ += 1
     notes = (f"{inlined} inlined", f"{outlined_} outlined")
     return PassReport(name="lower", changed=inlined + outlined_, notes=notes)
+
+
+def _kernels_unpack(node: fx.Node) -> bool:
+    """Whether device kernels of ``fos::dequantize`` serve both operands of a product on CUDA."""
+    if value(argument(node, 0)).device.type != "cuda":
+        return False
+    return all(
+        DEQUANTIZE.supports(*map_arg(args, value), **kwargs)
+        for args, kwargs in map(functools.partial(_dequantize, node), (0, 4))
+    )
+
+
+def _dequantize(node: fx.Node, first: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments that unpack the operand of a ``scaled_mm`` which begins at argument `first`.
+
+    The padding comes along, as zeros: rows of whole 128 bytes are what cuBLAS is fast with.
+    """
+    values = argument(node, first)
+    half = value(values).shape[-1]
+    rows, cols = node.kwargs["m" if first == 0 else "n"], node.kwargs["k"]
+    cols = 2 * half if isinstance(half, int) else cols
+    format = node.kwargs.get("format", "nvfp4")
+    args = (values, argument(node, first + 1), None, rows, cols)
+    return args, {"format": format, "dtype": exact_dtype(value(values).device)}
+
+
+def _unpack(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Put two ``dequantize`` and an ``unpacked_mm``, which is returned, in place of `node`."""
+    dequantize = torch.ops.fos.dequantize.default
+    with graph.inserting_before(node):
+        operands = tuple(
+            call(graph, dequantize, *_dequantize(node, first), like=node) for first in (0, 4)
+        )
+        scales = (argument(node, index) for index in (2, 3, 6, 7))
+        bias = argument(node, 8) if len(node.args) > 8 else node.kwargs.get("bias")
+        out_dtype = {"out_dtype": node.kwargs["out_dtype"]}
+        new = call(graph, UNPACKED_MM.overload, (*operands, *scales, bias), out_dtype, like=node)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
 
 
 def _has_symbols(node: fx.Node) -> bool:

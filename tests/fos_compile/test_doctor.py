@@ -32,6 +32,7 @@ def test_says_why_no_kernel_serves(switched_off):
     assert {row.reason for row in operators() if row.device == "cpu"} == {
         "cpu kernel switched off by FOS_CPU_KERNEL=off",
         "seed: drawn by torch's generator on cpu",
+        "unpacked_mm: torch.mm and compiled code serve on cpu",
     }
     out = io.StringIO()
     print_doctor(out)

@@ -15,7 +15,7 @@ from fos_compile.kernels.cpu import build
 from fos_compile.kernels.op import REGISTRY, Op
 
 CONTRACT = Path(__file__).resolve().parents[2] / "docs" / "contract.md"
-NAMES = ("amax", "quantize", "quantize_pair", "dequantize", "scaled_mm", "seed")
+NAMES = ("amax", "quantize", "quantize_pair", "dequantize", "scaled_mm", "seed", "unpacked_mm")
 EXAMPLES = [(name, i) for name, op in REGISTRY.items() for i in range(len(op.example_inputs()))]
 
 

@@ -216,3 +216,19 @@ def test_operands_that_do_not_fit_each_other_are_refused(device):
         _multiply(a, b, 129)
     with pytest.raises(FosError, match="a and b must be equal in batch and P"):
         _multiply(a, _on(_operand((33, 200)), device), 70)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "match"),
+    [
+        (torch.ones(4, 64), torch.ones(4, 32), r"\[m, P\].*got \[4, 64\] and \[4, 32\]"),
+        (torch.ones(2, 4, 64), torch.ones(4, 64), r"\[B, m, P\]"),
+        (torch.ones(64), torch.ones(64), r"\[m, P\]"),
+        (torch.ones(4, 64).half(), torch.ones(4, 64).half(), "float32, got torch.float16"),
+        (torch.ones(4, 64), torch.ones(4, 64).bfloat16(), "float32 and torch.bfloat16"),
+    ],
+)
+def test_unpacked_operands_that_do_not_go_together(left, right, match):
+    amax = torch.ones(())
+    with pytest.raises(FosError, match=match):
+        torch.ops.fos.unpacked_mm(left, right, amax, 1.0, amax, 1.0, out_dtype=torch.float32)

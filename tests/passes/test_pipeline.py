@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from graphs import Captured, config, text
 from models import MLP, bf16, tokens_of
 
+from fos_compile.passes import lower as lower_module
 from fos_compile.passes import pipeline
 from fos_compile.passes.errors import FosCompileWarning, PassError, working_on
 from fos_compile.passes.lower import lower
@@ -114,6 +117,52 @@ def test_outline_replaces_what_has_no_kernel(captured, no_kernel):
         "fos_outlined.quantize_pair.default",
         "fos_outlined.scaled_mm.default",
     }
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_product_is_split_where_only_unpacking_has_a_kernel(monkeypatch, no_kernel, dynamic):
+    x = tokens_of()
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 1)
+    with torch.no_grad():
+        captured = Captured(bf16(MLP()), x, dynamic=None)
+    rewrite(captured.graph, config(recipe="inference"))
+    monkeypatch.setattr(lower_module, "_kernels_unpack", lambda node: True)
+    lower_graph(captured.graph, config(lowering="outline"))
+    captured.graph.lint()
+    names = Counter(str(n.target) for n in captured.graph.nodes)
+    outlined = "fos_outlined_dynamic" if dynamic else "fos_outlined"
+    products = names[f"{outlined}.unpacked_mm.default"]
+    assert products == 2 and names["fos.dequantize.default"] == 2 * products
+    assert not any("scaled_mm" in name for name in names)
+
+
+def test_a_split_product_is_the_same(monkeypatch, no_kernel):
+    """Bit for bit on a CPU, where both multiply the same float32 numbers."""
+    model, x = bf16(torch.nn.Sequential(torch.nn.Linear(64, 64))), tokens_of()
+
+    def run():
+        torch.compiler.reset()
+        uncached = torch._inductor.config.patch(force_disable_caches=True)
+        with torch.no_grad(), uncached:
+            compiled = torch.compile(model, backend="fouroversix", options={"recipe": "inference"})
+            return compiled(x)
+
+    whole = run()
+    split = []
+    unpack = lower_module._unpack
+    monkeypatch.setattr(lower_module, "_kernels_unpack", lambda node: True)
+    monkeypatch.setattr(
+        lower_module, "_unpack", lambda graph, node: split.append(node) or unpack(graph, node)
+    )
+    assert torch.equal(run(), whole) and len(split) == 1
+
+
+def test_a_product_on_a_cpu_stays_whole(captured, monkeypatch):
+    """Whatever supports `dequantize` there."""
+    rewrite(captured.graph, config())
+    products = [n for n in captured.graph.nodes if "scaled_mm" in str(n.target)]
+    assert products and not any(map(lower_module._kernels_unpack, products))
 
 
 def test_outline_takes_symbolic_sizes_at_once(no_kernel):
