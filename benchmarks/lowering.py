@@ -1,9 +1,9 @@
-"""What does a training step cost when no device kernel serves, for every way of lowering?
+"""What does a training step cost with our kernels, and without them for every way of lowering?
 
 Forward and backward of a SwiGLU MLP and of one Llama block, bf16, recipe `training`: the eager
 reference op by op (opaque), the reference compiled once and shared (outline), the reference
-compiled into the graph (inline), on a CPU the C++ kernel that is the default there, next to plain
-Inductor in bf16 and the roof of the linear layers. Host time counts. Each line is a process of its
+compiled into the graph (inline), and our kernels, which are the default (C++ on a CPU, CuTe DSL on a
+GPU), next to plain Inductor in bf16 and the roof of the linear layers. Host time counts. Each line is a process of its
 own with cold caches.
 """
 
@@ -19,13 +19,14 @@ import harness
 import isolated
 import steps
 
-VARIANTS = ("bf16", "opaque", "outline", "inline", "cpu kernel")
+VARIANTS = ("bf16", "opaque", "outline", "inline", "kernels")
 PARTS = ("SwiGLU MLP", "Llama block")
 NOTES = """\
 `step_us` is the median of forward and backward, launches included; `over_bf16` is its ratio to
 plain Inductor in bf16, `faster_than_opaque` the factor to the eager reference (required above 1 for
 inline). `of_roof` is the time that the step's linear layers need at the measured bf16 roof over
-step_us. opaque, outline and inline run the reference; only `cpu kernel` is a kernel of ours."""
+step_us. opaque, outline and inline run the reference; `kernels` are ours: C++ on a CPU, CuTe DSL on
+a GPU, where they quantize and unpack, and cuBLAS multiplies in bf16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +49,11 @@ def case_of(variant: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return backend and options of a variant, and its environment."""
     if variant == "bf16":
         return {"backend": "inductor", "options": None}, {}
-    lowering = "outline" if variant == "cpu kernel" else variant
+    lowering = "outline" if variant == "kernels" else variant
     options = {"recipe": "training", "lowering": lowering}
-    return (
-        {"backend": "fouroversix", "options": options},
-        {"FOS_CPU_KERNEL": "1" if variant == "cpu kernel" else "0"},
-    )
+    switch = "1" if variant == "kernels" else "0"
+    switches = {"FOS_CPU_KERNEL": switch, "FOS_CUTE_KERNELS": switch}
+    return {"backend": "fouroversix", "options": options}, switches
 
 
 def run(part: str, variants: list[str], shared: dict[str, Any], roof: harness.Roof) -> list[Row]:
@@ -103,8 +103,6 @@ def main() -> None:
         "seconds": options.seconds,
     }
     variants = options.variants.split(",") if options.variants else list(VARIANTS)
-    if gpu:
-        variants = [each for each in variants if each != "cpu kernel"]
     roof = harness.roof(torch.device(options.device))
     rows = [row for part in options.parts.split(",") for row in run(part, variants, shared, roof)]
     harness.write_results(

@@ -1,8 +1,8 @@
 """fos::unpacked_mm: what is left of fos::scaled_mm when fos::dequantize has unpacked its operands.
 
 Where no kernel multiplies FP4 but one unpacks it, the lowering pass splits the product: two
-launches of that kernel, and this, which is cuBLAS and one fused kernel once compiled. Inductor's
-own code for the unpacking is slower (benchmarks/matmul.py).
+launches of that kernel, and this, which the compiler turns into cuBLAS and an epilogue fused with
+what follows. Inductor's own code for the unpacking is slower.
 """
 
 from __future__ import annotations

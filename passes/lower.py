@@ -13,7 +13,8 @@ After (inline)
     the reference's ``aten`` nodes, which Inductor fuses with the producer of %x
 After (a product of FP4 where only unpacking has a kernel: NVIDIA GPUs before Blackwell)
     %dequantize, %dequantize_1 = fos.dequantize(%values, ...), fos.dequantize(%values_1, ...)
-    %unpacked_mm = fos_outlined.unpacked_mm(%dequantize, %dequantize_1, ...)
+    the aten nodes of fos.unpacked_mm(%dequantize, %dequantize_1, ...): the library's matmul, and an
+    epilogue that Inductor fuses with what follows
 Why legal
     The reference is the definition of the operator; both forms run it on the operator's arguments.
     Unpacked operands, code * scale, are exact in bfloat16.
@@ -63,7 +64,7 @@ def lower(graph: fx.Graph, config: PassConfig) -> PassReport:
         with working_on(node):
             if op is SCALED_MM and _kernels_unpack(node):
                 op, node = UNPACKED_MM, _unpack(graph, node)
-            if config.lowering == "inline" or _is_plain_amax(op, node):
+            if config.lowering == "inline" or _is_small(op, node):
                 _inline(graph, node, op, traced)
                 inlined += 1
             else:
@@ -120,9 +121,11 @@ def _has_symbols(node: fx.Node) -> bool:
     return any(isinstance(each, torch.SymInt) for each in (*fakes, *sizes))
 
 
-def _is_plain_amax(op: Op, node: fx.Node) -> bool:
-    """Three nodes that fuse into the producer's last loop; outlined they would read it again."""
-    return op.name == "amax" and not (len(node.args) > 1 and argument(node, 1))
+def _is_small(op: Op, node: fx.Node) -> bool:
+    """A few nodes that fuse with a neighbour: the plain amax into the producer's last loop, the
+    epilogue of a product into what reads it. Outlined they would go through memory once more."""
+    is_plain_amax = op.name == "amax" and not (len(node.args) > 1 and argument(node, 1))
+    return is_plain_amax or op is UNPACKED_MM
 
 
 def _inline(

@@ -131,10 +131,8 @@ def test_a_product_is_split_where_only_unpacking_has_a_kernel(monkeypatch, no_ke
     lower_graph(captured.graph, config(lowering="outline"))
     captured.graph.lint()
     names = Counter(str(n.target) for n in captured.graph.nodes)
-    outlined = "fos_outlined_dynamic" if dynamic else "fos_outlined"
-    products = names[f"{outlined}.unpacked_mm.default"]
-    assert products == 2 and names["fos.dequantize.default"] == 2 * products
-    assert not any("scaled_mm" in name for name in names)
+    assert names["fos.dequantize.default"] == 4 and names["aten.mm.default"] == 2
+    assert not any("_mm" in name for name in names if "fos" in name)
 
 
 def test_a_split_product_is_the_same(monkeypatch, no_kernel):
