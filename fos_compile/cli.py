@@ -134,3 +134,47 @@ def doctor() -> None:
     from fos_compile.doctor import print_doctor
 
     print_doctor()
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Keep `matmul` a command of its own, however many there are."""
+
+
+@bench.command("matmul")
+def bench_matmul(
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="List of MxNxK, squares, mlp, decode, quick; default: all but quick."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes, short samples.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if any.")] = None,
+    format: Annotated[str, typer.Option(help="nvfp4 or mxfp4.")] = "nvfp4",
+    model: Annotated[bool, typer.Option("--mlp/--no-mlp", help="Also train an MLP.")] = True,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First find the best tile of each shape, and keep it.")
+    ] = False,
+    md: Annotated[Path | None, typer.Option(help="File for the table.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="File for the numbers.")] = None,
+) -> None:
+    """Time every way to multiply in FP4, next to bf16, and test each against float64.
+
+    Exits with 1 if one that says that it serves fails or disagrees.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from fos_compile.bench import command
+    from fos_compile.kernels.errors import InvalidArgument
+
+    _check_device(device)
+    try:
+        report = command.run(
+            shapes, quick=quick, device=device, format=format, model=model, tune=tune,
+            md=md, csv=csv, echo=typer.echo,
+        )  # fmt: skip
+    except InvalidArgument as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.Exit(1 if report.failures else 0)

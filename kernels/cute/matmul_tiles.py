@@ -273,18 +273,23 @@ def choose(
     dtype: torch.dtype,
     arch: str,
     num_sms: int,
+    device: torch.device | None = None,
 ) -> Choice:
-    """The winner of autotuning on this device if there is one, else the best by the model.
+    """The winner of autotuning on `device` if there is one, else the best by the model.
 
-    Sizes that are not ints count as `DEFAULT_SIZES`.
+    Sizes that are not ints count as `DEFAULT_SIZES`. `device` is the current GPU if it is not
+    given; where there is none, nothing is looked up.
     """
+    # Not at the top: what is tuned are the choices of this module.
+    from fos_compile.kernels.cute import matmul_tuning as tuning
+
     given = {"m": m, "n": n, "k": k, "batch": batch}
-    sizes = [each if type(each) is int else DEFAULT_SIZES[name] for name, each in given.items()]
-    return _choose(*sizes, format, dtype, arch, num_sms)
+    sizes = {name: x if type(x) is int else DEFAULT_SIZES[name] for name, x in given.items()}
+    name = tuning.device_name(torch.device("cuda") if device is None else device)
+    problem = tuning.Problem(**sizes, format=format, dtype=dtype, arch=arch, num_sms=num_sms)
+    return tuning.lookup(problem, name) or _by_model(problem)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(
-    m: int, n: int, k: int, batch: int, format: str, dtype: torch.dtype, arch: str, num_sms: int
-) -> Choice:
-    return best(m, n, k, batch, format=format, dtype=dtype, arch=arch, num_sms=num_sms)[0]
+def _by_model(problem: Any) -> Choice:
+    return problem.best(1)[0]

@@ -1,0 +1,1 @@
+"""Measurements that a user runs: `python -m fos_compile bench`."""
