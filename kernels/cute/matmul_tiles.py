@@ -92,8 +92,8 @@ SHARED_RATE = 128
 INGEST_RATE = 64
 LATENCY = 1e-6
 LAUNCH = 3e-6
-EPILOGUE_INSTRUCTIONS = 4.0
-"""Of a thread a number of the output; benchmarks/matmul_static.py counts."""
+EPILOGUE_INSTRUCTIONS = 2.0
+"""Of a thread a number of the output: 1.6 to 2.7 in benchmarks/results/matmul_static.md."""
 CLUSTER_SYNC = 1e-6
 """Of a split K: CTAs wait for each other before their sums are added, assumed."""
 
@@ -185,6 +185,7 @@ def seconds(
     dtype: torch.dtype,
     arch: str,
     num_sms: int,
+    instructions: float | None = None,
 ) -> float:
     """Predicted time of `batch` products [m, k] by [n, k].T.
 
@@ -198,6 +199,7 @@ def seconds(
         dtype: of the output.
         arch: as sm_100a.
         num_sms: of the GPU; its other rates are those of the largest of `arch`.
+        instructions: of an epilogue, instead of `EPILOGUE_INSTRUCTIONS`.
 
     Returns:
         0.0 where there is nothing to compute.
@@ -221,7 +223,9 @@ def seconds(
     tensor = tile_rows * cols * TILE_K / device.macs
     step = max(tensor, stage.shared / SHARED_RATE, stage.load / INGEST_RATE)
     lanes = max(1, tile_rows // 32) / 4
-    epilogue = lanes * cols * EPILOGUE_INSTRUCTIONS
+    if instructions is None:
+        instructions = EPILOGUE_INSTRUCTIONS
+    epilogue = lanes * cols * instructions
     on_sms = rounds * max(steps * step, epilogue) / hertz
 
     used = min(work, places) * size
