@@ -302,7 +302,8 @@ def main() -> None:
     parser.add_argument("--md", type=Path, default=harness.RESULTS / "matmul_static.md")
     parser.add_argument("--csv", type=Path, default=harness.RESULTS / "matmul_static.csv")
     args = parser.parse_args()
-    rows, verdicts = [], []
+    rows: list[Row] = []
+    verdicts: list[str] = []
     for tile in TILES:
         pair = row(tile, "ours", ours(tile)), row(tile, "NVIDIA", nvidia(tile))
         rows += pair

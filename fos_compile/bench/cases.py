@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fos_compile.bench.timing import rotation
 from fos_compile.kernels import formats
 from fos_compile.kernels.dequantize import unscaled
 from fos_compile.kernels.errors import InvalidArgument
@@ -117,6 +118,23 @@ def operands(
     x, w = matrix(shape.m), matrix(shape.n)
     qs = formats.qs_of(format, rule_of(format)) if format == "nvfp4" else 1.0
     return Operands(shape, x, w, *quantized(x, format), *quantized(w, format), qs, format)
+
+
+def rotated(given: Operands) -> list[tuple[Operands]]:
+    """Argument lists for `timing.measure`: copies that a GPU's L2 cache cannot hold together.
+
+    On a CPU there are few: its numbers are there to exercise the command.
+    """
+
+    def copy(index: int) -> tuple[Tensor | Operands, ...]:
+        tensors = ("x", "w", "a", "scales_a", "amax_a", "b", "scales_b", "amax_b")
+        new = {name: getattr(given, name).clone() for name in tensors} if index else {}
+        made = dataclasses.replace(given, **new)
+        return made.a, made.scales_a, made.b, made.scales_b, made
+
+    device = given.a.device
+    sets = rotation(copy, device=device, limit=256 if device.type == "cuda" else 8)
+    return [(each[-1],) for each in sets]
 
 
 def disagreement(out: object, given: Operands) -> str:

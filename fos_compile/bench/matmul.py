@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from fos_compile.bench import mlp
-from fos_compile.bench.cases import Operands, Shape, disagreement, limited, operands
+from fos_compile.bench.cases import Operands, Shape, disagreement, limited, operands, rotated
 from fos_compile.bench.providers import Provider, everything, said
-from fos_compile.bench.timing import device_name, markdown_table, measure, rotation, versions
+from fos_compile.bench.timing import device_name, markdown_table, measure, versions
 from fos_compile.kernels import target
 
 _KINDS = {(10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a", (12, 1): "sm_121a"}
@@ -99,16 +99,14 @@ def _one(
 ) -> tuple[Row | None, str]:
     """The row of a provider, and the line of its self-test."""
     shape = given.shape
-    if reason := provider.refuses(shape, device):
+    if reason := provider.refuses(shape, device, given.format):
         return None, f"not here: {reason}"
     try:
         multiply, what = provider.make(given)
         wrong = disagreement(multiply(given), given) if provider.counts else ""
         if wrong:
             return None, f"FAILED: {wrong}"
-        sets = rotation(lambda index: _set(given, index), device=device, limit=16)
-        arguments = [each[-1:] for each in sets]
-        timing = measure(multiply, arguments, device=device, seconds=seconds)
+        timing = measure(multiply, rotated(given), device=device, seconds=seconds)
     except Exception as error:  # of a compiler, a driver or a library: the others go on
         return None, f"FAILED: {said(error)}"
     rate = timing.rate(shape.flops)
@@ -124,17 +122,6 @@ def _one(
         what=what,
     )
     return row, "passed" if provider.counts else "not compared: it does not quantize"
-
-
-def _set(given: Operands, index: int) -> Sequence[object]:
-    """Tensors of operands like the given ones, by which a rotation is sized, and the operands."""
-    made = given if not index else _copied(given)
-    return [made.a, made.scales_a, made.b, made.scales_b, made]
-
-
-def _copied(given: Operands) -> Operands:
-    tensors = ("x", "w", "a", "scales_a", "amax_a", "b", "scales_b", "amax_b")
-    return dataclasses.replace(given, **{name: getattr(given, name).clone() for name in tensors})
 
 
 def mlp_rows(device: torch.device, seconds: float) -> list[Row]:

@@ -22,13 +22,13 @@ class Provider:
     Attributes:
         name: in the table.
         make: what multiplies operands like those of a shape, and a word about it (a tile).
-        refuses: why it cannot serve a shape on a device, or nothing.
+        refuses: why it cannot serve a shape, a device and a format, or nothing.
         counts: whether its result is of the quantized operands, and therefore compared.
     """
 
     name: str
     make: Callable[[Operands], tuple[Multiply, str]]
-    refuses: Callable[[Shape, torch.device], str]
+    refuses: Callable[[Shape, torch.device, str], str]
     counts: bool = True
 
 
@@ -50,7 +50,7 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}"
 
 
-def _never(shape: Shape, device: torch.device) -> str:
+def _never(shape: Shape, device: torch.device, format: str) -> str:
     return ""
 
 
@@ -99,7 +99,7 @@ def _total(given: Operands) -> tuple[Multiply, str]:
 # Ours ---------------------------------------------------------------------------------------------
 
 
-def _ours_refuses(shape: Shape, device: torch.device) -> str:
+def _ours_refuses(shape: Shape, device: torch.device, format: str) -> str:
     if device.type != "cuda":
         return "needs a GPU"
     status = target.status(device)
@@ -155,11 +155,13 @@ def _ours(given: Operands) -> tuple[Multiply, str]:
 # cuBLASLt -----------------------------------------------------------------------------------------
 
 
-def _cublaslt_refuses(shape: Shape, device: torch.device) -> str:
+def _cublaslt_refuses(shape: Shape, device: torch.device, format: str) -> str:
     if device.type != "cuda":
         return "needs a GPU"
     if torch.cuda.get_device_capability(device) < (10, 0):
         return "FP4 needs compute capability 10.0"
+    if format != "nvfp4":
+        return f"cuBLASLt multiplies nvfp4 alone, got {format}"
     if shape.k % 32 or shape.n % 16:
         return f"needs K a multiple of 32 and N of 16, got {shape}"
     return ""
@@ -168,19 +170,13 @@ def _cublaslt_refuses(shape: Shape, device: torch.device) -> str:
 def _cublaslt(given: Operands) -> tuple[Multiply, str]:
     from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
-    fp4 = torch.float4_e2m1fn_x2
-    if given.format == "nvfp4":
-        recipe, kind = [ScalingType.BlockWise1x16, ScalingType.TensorWise], torch.float8_e4m3fn
-        swizzle = [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
-    else:
-        recipe, kind = [ScalingType.BlockWise1x32], torch.float8_e8m0fnu
-        swizzle = [SwizzleType.SWIZZLE_32_4_4]
+    fp4, e4m3 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn
+    recipe = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
+    swizzle = [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
 
     def multiply(it: Operands) -> Tensor:
-        scales_a, scales_b = [it.scales_a.view(kind)], [it.scales_b.view(kind)]
-        if it.format == "nvfp4":
-            scales_a.append(it.amax_a / it.qs)
-            scales_b.append(it.amax_b / it.qs)
+        scales_a = [it.scales_a.view(e4m3), it.amax_a / it.qs]
+        scales_b = [it.scales_b.view(e4m3), it.amax_b / it.qs]
         return scaled_mm(
             it.a.view(fp4), it.b.view(fp4).t(), scales_a, recipe, scales_b, recipe,
             swizzle_a=swizzle, swizzle_b=swizzle, output_dtype=torch.bfloat16,

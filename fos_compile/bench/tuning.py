@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fos_compile.bench.cases import Shape, disagreement, operands
+from fos_compile.bench.cases import Shape, disagreement, operands, rotated
 from fos_compile.bench.providers import everything, our_launch, said
 from fos_compile.bench.timing import measure
 from fos_compile.kernels import target
@@ -18,7 +18,7 @@ def tune_all(shapes: Iterable[Shape], *, device: torch.device, format: str) -> l
     (ours,) = (each for each in everything() if each.name == "ours")
     lines = []
     for shape in shapes:
-        reason = ours.refuses(shape, device)
+        reason = ours.refuses(shape, device, format)
         try:
             line = f"not here: {reason}" if reason else _tune(shape, device, format)
         except Exception as error:  # the other shapes go on
@@ -31,12 +31,13 @@ def _tune(shape: Shape, device: torch.device, format: str) -> str:
     from fos_compile.kernels.cute import matmul_tuning as tuning
 
     given = operands(shape, device=device, format=format)
+    sets = rotated(given)
 
     def timer(choice: Any) -> float:
         multiply = our_launch(given, choice)
         if wrong := disagreement(multiply(given), given):
             raise RuntimeError(wrong)
-        return measure(multiply, [(given,)], device=device, seconds=0.1).us * 1e-6
+        return measure(multiply, sets, device=device, seconds=0.1).us * 1e-6
 
     problem = tuning.Problem(
         m=shape.m,

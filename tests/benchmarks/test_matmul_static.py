@@ -114,3 +114,12 @@ def test_the_kept_results():
         assert theirs["scaling"] == 0 < ours["scaling"]
         if int(ours["tile"].split()[0].split("x")[1]) > 128:  # a loop over boxes, nothing else
             assert ours["epilogue"] - ours["scaling"] <= theirs["epilogue"]
+
+
+def test_the_script_over_the_command():
+    """benchmarks/matmul.py keeps results beside the others unless told where."""
+    import matmul
+
+    found = matmul.arguments(["--quick", "--md=here.md"])
+    assert found[:4] == ["bench", "matmul", "--quick", "--md=here.md"]
+    assert found[4:] == ["--csv", str(harness.RESULTS / "matmul.csv")]

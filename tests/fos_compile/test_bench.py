@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from typer.testing import CliRunner
 
 from fos_compile.bench import cases, matmul, mlp, providers, tuning
@@ -23,7 +25,7 @@ def command(*arguments):
 
 
 def fake(multiply, name="fake"):
-    return Provider(name, lambda given: (multiply, "a fake"), lambda shape, device: "")
+    return Provider(name, lambda given: (multiply, "a fake"), lambda *_: "")
 
 
 def product(given):
@@ -138,10 +140,62 @@ def test_what_other_devices_refuse(monkeypatch):
     by_name = {each.name: each for each in providers.everything()}
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert "10.0" in by_name["cuBLASLt"].refuses(SHAPE, cuda)
+    assert "10.0" in by_name["cuBLASLt"].refuses(SHAPE, cuda, "nvfp4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert "multiple of 32" in by_name["cuBLASLt"].refuses(SHAPE, cuda)
-    assert not by_name["cuBLASLt"].refuses(Shape(1, 64, 64), cuda)
+    assert "multiple of 32" in by_name["cuBLASLt"].refuses(SHAPE, cuda, "nvfp4")
+    assert not by_name["cuBLASLt"].refuses(Shape(1, 64, 64), cuda, "nvfp4")
+    assert "nvfp4 alone" in by_name["cuBLASLt"].refuses(Shape(1, 64, 64), cuda, "mxfp4")
+
+
+@pytest.mark.parametrize("tile", [((128, 64), (1, 1)), ((256, 128), (2, 2))], ids=str)
+def test_our_launch_calls_what_it_compiles(tile, monkeypatch, tmp_path):
+    """The compiled code looks at the number, the order and the types of arguments, then at where
+    they are."""
+    pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is for Linux only")
+    from fos_compile.kernels import target
+    from fos_compile.kernels.cute.matmul_tiles import Choice
+
+    monkeypatch.setenv("FOS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(target, "arch", lambda device: "sm_100a")
+    monkeypatch.setattr(providers, "_num_sms", lambda device: 148)
+    given = cases.operands(SHAPE, device=CPU)
+    multiply = providers.our_launch(given, Choice(*tile))
+    with pytest.raises(ValueError, match="device_type=cuda"):
+        multiply(given)
+
+
+def test_ours_takes_the_chosen_tile(monkeypatch):
+    from fos_compile.kernels import target
+    from fos_compile.kernels.cute import matmul_tiles
+
+    monkeypatch.setattr(target, "arch", lambda device: "sm_100a")
+    monkeypatch.setattr(providers, "_num_sms", lambda device: 148)
+    launched = []
+    monkeypatch.setattr(providers, "our_launch", lambda given, choice: launched.append(choice))
+    _, what = providers._ours(cases.operands(SHAPE, device=CPU))
+    given = {"format": "nvfp4", "dtype": torch.bfloat16, "arch": "sm_100a", "num_sms": 148}
+    assert launched == [matmul_tiles.choose(130, 72, 96, **given)] and what == str(launched[0])
+
+
+def test_copies_are_other_memory_and_equal():
+    given = cases.operands(SHAPE, device=CPU)
+    (first,), (second,), *_ = cases.rotated(given)
+    assert first.a is given.a and second.a.data_ptr() != given.a.data_ptr()
+    assert torch.equal(second.a, given.a) and torch.equal(product(second), product(given))
+
+
+def test_cublaslt_is_called_as_torch_wants():
+    """By the checks that torch makes of fake tensors: types, recipes, sizes of scales."""
+    given = cases.operands(Shape(130, 64, 160), device=CPU)
+    with FakeTensorMode() as mode:
+        names = [each.name for each in dataclasses.fields(given)]
+        tensors = {name: getattr(given, name) for name in names}
+        fakes = {name: mode.from_tensor(each) for name, each in tensors.items()
+                 if isinstance(each, torch.Tensor)}  # fmt: skip
+        faked = dataclasses.replace(given, **fakes)
+        multiply, _ = providers._cublaslt(faked)
+        out = multiply(faked)
+    assert out.shape == (130, 64) and out.dtype is torch.bfloat16
 
 
 def test_the_peak_is_of_the_device(monkeypatch):
@@ -157,7 +211,7 @@ def test_the_peak_is_of_the_device(monkeypatch):
 
 
 def test_tuning_goes_on_after_a_failure(monkeypatch):
-    ours = Provider("ours", lambda given: (product, ""), lambda shape, device: "")
+    ours = Provider("ours", lambda given: (product, ""), lambda *_: "")
     monkeypatch.setattr(tuning, "everything", lambda: (ours,))
 
     def failing(shape, device, format):
