@@ -247,6 +247,8 @@ class Prediction:
 
     shape: str
     choice: str
+    in_flight: int
+    """Bytes an SM."""
     us: float
     tflops: float
     of_peak: float
@@ -277,6 +279,7 @@ def predict(shape: cases.Shape, rows: Sequence[Row]) -> Prediction:
     return Prediction(
         shape=str(shape),
         choice=str(choice),
+        in_flight=tiles.bytes_in_flight(choice, format="nvfp4", dtype=BF16, arch=ARCH),
         us=seconds["ours"] * 1e6,
         tflops=rate / 1e12,
         of_peak=rate / device.flops,

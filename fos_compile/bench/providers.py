@@ -140,16 +140,13 @@ def _ours(given: Operands) -> tuple[Multiply, str]:
     from fos_compile.kernels.cute import matmul_tiles
 
     shape, device = given.shape, given.a.device
-    choice = matmul_tiles.choose(
-        shape.m,
-        shape.n,
-        shape.k,
-        format=given.format,
-        dtype=torch.bfloat16,
-        arch=target.arch(device),
-        num_sms=_num_sms(device),
-    )
-    return our_launch(given, choice), str(choice)
+    kept: Any = {
+        "format": given.format, "dtype": torch.bfloat16, "arch": target.arch(device)
+    }  # fmt: skip
+    sizes = shape.m, shape.n, shape.k
+    choice = matmul_tiles.choose(*sizes, **kept, num_sms=_num_sms(device))
+    in_flight = matmul_tiles.bytes_in_flight(choice, **kept)
+    return our_launch(given, choice), f"{choice}, {in_flight} bytes in flight an SM"
 
 
 # cuBLASLt -----------------------------------------------------------------------------------------

@@ -238,7 +238,8 @@ def seconds(
     reachable = min(device.dram, used * stage.depth * stage.load / LATENCY)
     reduction = 0.0
     if choice.split > 1:
-        reduction = CLUSTER_SYNC + tile_rows * cols * 4 / (INGEST_RATE * hertz)
+        # In each round: who waits for the sums of others does not multiply.
+        reduction = rounds * (CLUSTER_SYNC + tile_rows * cols * 4 / (INGEST_RATE * hertz))
     return (
         LAUNCH + LATENCY + max(on_sms, through_l2, moved / reachable) + epilogue / hertz + reduction
     )
