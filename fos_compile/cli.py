@@ -149,7 +149,9 @@ def _bench() -> None:
 def bench_matmul(
     shapes: Annotated[
         str | None,
-        typer.Option(help="List of MxNxK, squares, mlp, decode, quick; default: all but quick."),
+        typer.Option(
+            help="List of MxNxK, squares, mlp, decode, quick; default: squares,mlp,decode on a GPU."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes, short samples.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if any.")] = None,

@@ -37,7 +37,9 @@ def run(
         required = f"one of {', '.join(formats.FORMATS)}"
         raise InvalidArgument("bench", "format", required, repr(format))
     where = default_device() if device is None else torch.device(device)
-    chosen = cases.parse(shapes or ("quick" if quick else DEFAULT_SHAPES))
+    # Of the others a CPU would take hours.
+    default = "quick" if quick or where.type == "cpu" else DEFAULT_SHAPES
+    chosen = cases.parse(default if shapes is None else shapes)
     _writable(md, csv)
     seconds = QUICK_SECONDS if quick else SECONDS
     tuned = tuning.tune_all(chosen, device=where, format=format) if tune else []

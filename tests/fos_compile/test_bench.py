@@ -121,6 +121,7 @@ def test_shapes():
     ("arguments", "message"),
     [
         (("--shapes", "5x5"), "MxNxK"),
+        (("--shapes", ""), "MxNxK"),
         (("--format", "fp8"), "nvfp4, mxfp4"),
         (("--quick", "--md", "/no/such/folder/m.md"), "a folder that exists"),
         (("--device", "tpu"), "--device must be one of"),
@@ -129,6 +130,30 @@ def test_shapes():
 def test_wrong_arguments(arguments, message):
     result = command(*arguments)
     assert result.exit_code == 2 and message in result.output
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "expected"),
+    [
+        ("cpu", (), cases.QUICK),
+        ("cuda", (), (*cases.SQUARES, *cases.MLP, *cases.DECODE)),
+        ("cuda", ("--quick",), cases.QUICK),
+        ("cpu", ("--shapes", "5x6x7"), (Shape(5, 6, 7),)),
+    ],
+)
+def test_default_shapes(device, arguments, expected, monkeypatch):
+    asked = []
+
+    def fake_run(shapes, **options):
+        asked.append(shapes)
+        return matmul.Report([], [])
+
+    monkeypatch.setattr(matmul, "run", fake_run)
+    monkeypatch.setattr(matmul, "header", lambda device: {})
+    monkeypatch.setattr("fos_compile.bench.command.default_device", lambda: torch.device(device))
+    result = command("--no-mlp", *arguments)
+    assert result.exit_code == 0, result.output
+    assert asked == [expected]
 
 
 def test_large_shapes_are_left_out():
