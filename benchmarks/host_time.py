@@ -161,7 +161,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.kernels = launch.KERNELS
-        self.last: Callable[[], object] = lambda: None
+        self.last: Callable[[], object] = list
 
     def get(self, key: KernelKey, arch: str) -> Kernel:
         """A kernel that is remembered with its arguments when it is called."""

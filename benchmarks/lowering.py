@@ -2,9 +2,9 @@
 
 Forward and backward of a SwiGLU MLP and of one Llama block, bf16, recipe `training`: the eager
 reference op by op (opaque), the reference compiled once and shared (outline), the reference
-compiled into the graph (inline), and our kernels, which are the default (C++ on a CPU, CuTe DSL on a
-GPU), next to plain Inductor in bf16 and the roof of the linear layers. Host time counts. Each line is a process of its
-own with cold caches.
+compiled into the graph (inline), and our kernels, which are the default (C++ on a CPU, CuTe DSL on
+a GPU), next to plain Inductor in bf16 and the roof of the linear layers. Host time counts. Each
+line is a process of its own with cold caches.
 """
 
 from __future__ import annotations

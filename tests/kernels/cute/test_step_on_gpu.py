@@ -1,4 +1,4 @@
-"""A compiled training step on a GPU, kernels and all; the CPU, with the bits of the contract, judges.
+"""A compiled training step on a GPU, kernels and all; a CPU, which has the bits, is the judge.
 
 The sum over k has no prescribed order, so outputs are compared within what that changes; behind a
 first layer it also changes what a quantizer is given.
@@ -26,13 +26,16 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(256, 320), nn.SiLU(), nn.Linear(320, 128)).bfloat16()
 
 
-def step(module, x, recipe, **options):
-    """Output and gradients of a step, and the report."""
+def step(module, x, recipe, repeats=1, **options):
+    """Output and gradients of the last of some equal steps, and the report."""
     torch.compiler.reset()
-    torch.manual_seed(5)
     backend = Backend(parse_options({"strict": True, "recipe": recipe, **options}))
-    out = torch.compile(module, backend=backend, fullgraph=True)(x)
-    out.backward(torch.ones_like(out) / 8)
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    for _ in range(repeats):
+        torch.manual_seed(5)
+        module.zero_grad(set_to_none=True)
+        out = compiled(x)
+        out.backward(torch.ones_like(out) / 8)
     return [out.detach(), *(p.grad for p in module.parameters())], backend.report
 
 
@@ -51,11 +54,8 @@ def test_a_step_of_nearest_rounding(monkeypatch, mode):
     monkeypatch.setattr(lower, "_unpack", lambda *given: split.append(given) or unpack(*given))
     x = torch.randn(192, 256).bfloat16()
     want, _ = step(model(), x, "inference")
-    on_gpu = model().to(CUDA)
-    options = {} if mode is None else {"mode": mode}
-    for _ in range(3):
-        on_gpu.zero_grad(set_to_none=True)
-        got, report = step(on_gpu, x.to(CUDA), "inference", **options)
+    options = {} if mode is None else {"mode": mode, "repeats": 3}
+    got, report = step(model().to(CUDA), x.to(CUDA), "inference", **options)
     assert len(report.quantized) == 2
     before_blackwell = torch.cuda.get_device_capability(CUDA) < (10, 0)
     assert bool(split) is before_blackwell
