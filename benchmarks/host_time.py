@@ -20,7 +20,7 @@ import harness
 from fos_compile import kernels
 from fos_compile.kernels import cuda, target
 from fos_compile.kernels.cute import host_general, launch
-from fos_compile.kernels.cute.cache import Kernel, KernelKey
+from fos_compile.kernels.cute.cache import KERNELS, Kernel, KernelCache, KernelKey
 
 SHAPE = (64, 128)
 CALLS, BATCHES = 100, 201
@@ -159,8 +159,8 @@ def buffers_us(outputs: Any, device: torch.device) -> float:
 class Recorder:
     """In place of the cache of compiled kernels: remembers the last launch."""
 
-    def __init__(self) -> None:
-        self.kernels = launch.KERNELS
+    def __init__(self, kernels: KernelCache) -> None:
+        self.kernels = kernels
         self.last: Callable[[], object] = list
 
     def get(self, key: KernelKey, arch: str) -> Kernel:
@@ -177,7 +177,7 @@ class Recorder:
 def kernel_us(case: Case, device: torch.device) -> float:
     """Host time of launching the kernel of a call."""
     assert case.function is not None
-    recorder = Recorder()
+    recorder = Recorder(KERNELS)
     replaced = {"KERNELS": recorder, "_PLANS": {}, "_READY": {}}
     kept = {name: getattr(launch, name) for name in replaced}
     try:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fos_compile.kernels import amax as amax_op
 from fos_compile.kernels import dequantize as dequantize_op
 from fos_compile.kernels import quantize as quantize_op
+from fos_compile.kernels import scaled_mm as scaled_mm_op
 from fos_compile.kernels.op import LIBRARY
 
 
@@ -110,6 +111,36 @@ def cuda_dequantize(
     )
 
 
+def cuda_scaled_mm(
+    a: Tensor,
+    scales_a: Tensor,
+    amax_a: Tensor,
+    qs_a: float,
+    b: Tensor,
+    scales_b: Tensor,
+    amax_b: Tensor,
+    qs_b: float,
+    bias: Tensor | None = None,
+    *,
+    format: str = "nvfp4",
+    m: int,
+    n: int,
+    k: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``fos::scaled_mm``: operands unpacked by a kernel where one serves, and torch's matmul."""
+    scaled_mm_op.check(a, scales_a, b, scales_b, format, m, n, k)
+    exact = scaled_mm_op.exact_dtype(a.device)
+    left, right = (
+        cuda_dequantize(
+            values, scales, None, values.shape[-2], 2 * values.shape[-1],
+            format=format, dtype=exact,
+        )
+        for values, scales in ((a, scales_a), (b, scales_b))
+    )  # fmt: skip
+    return scaled_mm_op.multiply(left, right, amax_a, qs_a, amax_b, qs_b, bias, out_dtype)
+
+
 def register() -> None:
     """Make these the CUDA implementations of the operators."""
     served: dict[str, Callable[..., Any]] = {
@@ -117,6 +148,7 @@ def register() -> None:
         "quantize": cuda_quantize,
         "quantize_pair": cuda_quantize_pair,
         "dequantize": cuda_dequantize,
+        "scaled_mm": cuda_scaled_mm,
     }
     for name, function in served.items():
         torch.library.impl(f"{LIBRARY}::{name}", "CUDA", function)

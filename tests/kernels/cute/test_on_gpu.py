@@ -12,7 +12,16 @@ import torch
 
 import stand_ins
 from cute_cases import LAYOUTS, SPECIAL, covering, matrix, read_of, served
-from fos_compile.kernels import AMAX, DEQUANTIZE, QUANTIZE, QUANTIZE_PAIR, cuda, formats, target
+from fos_compile.kernels import (
+    AMAX,
+    DEQUANTIZE,
+    QUANTIZE,
+    QUANTIZE_PAIR,
+    SCALED_MM,
+    cuda,
+    formats,
+    target,
+)
 from fos_compile.kernels.cute import tables
 
 CUDA = torch.device("cuda", 0)
@@ -22,7 +31,7 @@ ARCH = target.arch(CUDA) if GPU else "sm_100a"
 needs_gpu = pytest.mark.skipif(not GPU, reason=f"needs a GPU: {target.status(CUDA)}")
 OPS = {
     op: getattr(torch.ops.fos, op) if GPU else getattr(cuda, f"cuda_{op}")
-    for op in ("amax", "quantize", "quantize_pair", "dequantize")
+    for op in ("amax", "quantize", "quantize_pair", "dequantize", "scaled_mm")
 }
 MAX_KERNELS = 60
 """That this module compiles by default, at about a second each."""
@@ -238,6 +247,18 @@ def test_bits_of_pairs(name):
     amax = x.abs().amax().float()
     seed = torch.tensor([-5], device=DEVICE)
     check(QUANTIZE_PAIR, QUANTIZE_PAIR.reference, x, amax, amax * 2, seed, stream=6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", range(len(SCALED_MM.example_inputs())))
+def test_products_of_what_a_kernel_unpacks(index):
+    """As the reference's on the same device; the operands are exact, the sum is one library's."""
+    arguments, options = SCALED_MM.example_inputs()[index]
+    arguments = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in arguments]
+    with stand_ins.guarded() as zones:
+        actual = OPS["scaled_mm"](*arguments, **options)
+        assert len(zones.buffers) == 2, "no kernel unpacks"
+    assert equal(actual, SCALED_MM.reference(*arguments, **options))
 
 
 @needs_gpu
