@@ -38,6 +38,7 @@ SWAP_AND_SPLIT = False
 """Whether the sm_100 kernel takes swapped operands and a split K."""
 SPLITS = (1, 2, 4, 8)
 SM120_TILES = ((128, 128),)
+"""What is predicted for: there is no kernel for sm_120a yet."""
 SMALL_M = 64
 """Rows up to which operands are swapped."""
 DEFAULT_SIZES = {"m": 4096, "n": 4096, "k": 4096, "batch": 1}
@@ -115,7 +116,7 @@ class _Stage:
 
 
 def candidates(format: str, dtype: torch.dtype, arch: str) -> tuple[Choice, ...]:
-    """Every choice that a kernel for `arch` takes; smaller clusters first.
+    """Every choice that a kernel for `arch` takes, or would: `SM120_TILES`. Small clusters first.
 
     Raises:
         ValueError: no kernel of ours is made for `arch`.
