@@ -143,7 +143,7 @@ def candidates(format: str, dtype: torch.dtype, arch: str) -> tuple[Choice, ...]
 
 
 def rates(arch: str) -> Rates:
-    """Of the largest GPU of an architecture."""
+    """Of the GPU of an architecture that the module names."""
     if arch not in RATES:
         raise ValueError(f"arch must be one of {', '.join(RATES)}, got {arch!r}")
     return RATES[arch]
@@ -199,7 +199,7 @@ def seconds(
         format: nvfp4 or mxfp4.
         dtype: of the output.
         arch: as sm_100a.
-        num_sms: of the GPU; its other rates are those of the largest of `arch`.
+        num_sms: of the GPU; its other rates are those of `rates(arch)`.
         instructions: of an epilogue, instead of `EPILOGUE_INSTRUCTIONS`.
 
     Returns:

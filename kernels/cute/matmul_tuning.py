@@ -50,7 +50,7 @@ class Problem:
         )  # fmt: skip
 
     def allows(self, choice: Choice) -> bool:
-        """Whether there is a kernel for a choice."""
+        """Whether a choice is among the candidates."""
         return choice in matmul_tiles.candidates(self.format, self.dtype, self.arch)
 
 
@@ -100,7 +100,10 @@ def tune(
 
 @functools.lru_cache(maxsize=4096)
 def lookup(problem: Problem, device: str) -> Choice | None:
-    """The winner that was kept for a problem on a device, if there is one that can be used."""
+    """The winner that was kept for a problem on a device, if there is one that can be used.
+
+    A process looks once: it does not see what another one tunes later.
+    """
     if not device:
         return None
     identity = _identity(problem, device)
