@@ -69,5 +69,5 @@ def _mlp(device: torch.device, seconds: float) -> tuple[list[matmul.Row], str]:
 def _writable(*files: Path | None) -> None:
     """Complain before an hour is spent."""
     for file in files:
-        if file is not None and not file.resolve().parent.is_dir():
+        if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
             raise InvalidArgument("bench", "a result", "a file in a folder that exists", str(file))

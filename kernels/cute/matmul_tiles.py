@@ -19,6 +19,7 @@ Where the numbers are from (see also docs/matmul.md):
   sheet (500 TFLOP/s dense FP4, 273 GB/s). Clocks of the others are what these rates imply.
 - Shared memory: 128 bytes a cycle and SM (CUDA C++ Best Practices Guide). From L2: 64 bytes a cycle
   and SM, and together 5120 bytes a cycle a die (A100 white paper): assumed to hold since.
+- Assumed: the L2 of sm_100a, sm_103a (126 MB) and sm_121a (24 MB, 1536 bytes a cycle).
 - Latency of DRAM: about 900 cycles were measured on consumer Blackwell by others; 1 us under load
   is assumed. Launch: 3 us is assumed, the same for every choice.
 """

@@ -124,6 +124,7 @@ def test_shapes():
         (("--shapes", ""), "MxNxK"),
         (("--format", "fp8"), "nvfp4, mxfp4"),
         (("--quick", "--md", "/no/such/folder/m.md"), "a folder that exists"),
+        (("--quick", "--md", "/"), "a folder that exists"),
         (("--device", "tpu"), "--device must be one of"),
     ],
 )
@@ -167,7 +168,8 @@ def test_what_other_devices_refuse(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert "10.0" in by_name["cuBLASLt"].refuses(SHAPE, cuda, "nvfp4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert "multiple of 32" in by_name["cuBLASLt"].refuses(SHAPE, cuda, "nvfp4")
+    assert "N a multiple of 16" in by_name["cuBLASLt"].refuses(SHAPE, cuda, "nvfp4")
+    assert not by_name["cuBLASLt"].refuses(Shape(1, 64, 100), cuda, "nvfp4")  # K is padded
     assert not by_name["cuBLASLt"].refuses(Shape(1, 64, 64), cuda, "nvfp4")
     assert "nvfp4 alone" in by_name["cuBLASLt"].refuses(Shape(1, 64, 64), cuda, "mxfp4")
 
