@@ -87,7 +87,14 @@ def multiply(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The product of two exact operands [.., m, P] and [.., n, P], and its epilogue."""
+    """The product of two exact operands [.., m, P] and [.., n, P], and its epilogue.
+
+    Raises:
+        InvalidArgument: an amax of more or less than one element.
+    """
+    for name, amax in (("amax_a", amax_a), ("amax_b", amax_b)):
+        if amax.numel() != 1:
+            raise InvalidArgument("scaled_mm", name, "one element", f"shape {list(amax.shape)}")
     matmul = torch.mm if left.dim() == 2 else torch.bmm
     if left.dtype is torch.float32:
         product = matmul(left, right.mT)

@@ -232,3 +232,13 @@ def test_unpacked_operands_that_do_not_go_together(left, right, match):
     amax = torch.ones(())
     with pytest.raises(FosError, match=match):
         torch.ops.fos.unpacked_mm(left, right, amax, 1.0, amax, 1.0, out_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("which", [2, 6])
+def test_an_amax_has_one_element(which):
+    """One a row would be broadcast along columns, without a word."""
+    a, b = _operand((4, 64)), _operand((4, 64))
+    arguments = [*a.args, *b.args]
+    arguments[which] = arguments[which].repeat(4)
+    with pytest.raises(FosError, match=r"amax_[ab] must be one element, got shape \[4\]"):
+        torch.ops.fos.scaled_mm(*arguments, m=4, n=4, k=64, out_dtype=torch.float32)
